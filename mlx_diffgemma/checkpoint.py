@@ -1,0 +1,560 @@
+"""Find, download and read checkpoints: names, shapes, packing, and a load that fills every parameter exactly once.
+
+Reads three kinds of folder: a Hugging Face checkpoint (released or saved by transformers), a pack of this project,
+and the mlx-community packs. Nothing is believed: headers, offsets, indexes, names and shapes are checked against
+each other and against config.json before a byte of a tensor is read.
+"""
+
+import functools
+import json
+import re
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .config import GenerationConfig, ModelConfig, Quantization
+from .errors import CheckpointError, ConfigError
+from .network import Network
+
+RELEASED = "google/diffusiongemma-26B-A4B-it"
+PACKS = tuple(f"mlx-community/diffusiongemma-26B-A4B-it-{kind}" for kind in ("4bit", "8bit", "bf16"))
+INDEX = "model.safetensors.index.json"
+SIZES = {"F32": 4, "BF16": 2, "F16": 2, "U32": 4, "U8": 1}
+FLOATS = ("BF16", "F16", "F32")
+MAX_HEADER = 16_000_000  # bytes; the released checkpoint's largest is 59,784
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """Where one tensor lies: bytes `start` … `start + nbytes` of `file`; `dtype` in safetensors' words."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return SIZES[self.dtype] * prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A folder whose names, shapes and packing agree with its config. Tensors are keyed by their names in a pack."""
+
+    folder: Path
+    raw_config: dict[str, Any]
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    quantized: dict[str, Quantization] = field(default_factory=dict)  # module path, as in the pack → packing
+    tied: tuple[tuple[Tensor, str], ...] = ()  # dropped tensors, and the pack name of the tensor each must equal
+
+
+# ------------------------------------------------------------------------------------------------------ the rules
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What convert/diffusiongemma-26b-a4b.toml says about the names that match `pattern`."""
+
+    fate: str
+    pattern: re.Pattern[str]
+    target: str
+    component: str
+    quantize: bool
+    because: str
+
+
+def knowledge() -> Path:
+    """The folder `convert/`: the copy packed in the wheel, else the one beside the package."""
+    package = Path(__file__).parent
+    return next(path for path in (package / "_convert", package.parent / "convert") if path.is_dir())
+
+
+def glob(pattern: str) -> re.Pattern[str]:
+    """A dotted path pattern: `*` is (part of) one name, `**` anything; each becomes a group."""
+    parts = re.split(r"(\*\*|\*)", pattern)
+    kinds = {"*": r"([^.]*)", "**": r"(.+)"}
+    return re.compile("".join(kinds.get(part) or re.escape(part) for part in parts))
+
+
+@functools.cache
+def source() -> dict[str, Any]:
+    """The checkpoint description as it stands in the TOML file."""
+    return tomllib.loads((knowledge() / "diffusiongemma-26b-a4b.toml").read_text())
+
+
+@functools.cache
+def _rules() -> tuple[Rule, ...]:
+    rules = []
+    for fate, key in (("keep", "name"), ("rename", "to"), ("drop", "same_as"), ("refuse", "name")):
+        for entry in source()[fate]:
+            rules.append(
+                Rule(
+                    fate=fate,
+                    pattern=glob(entry["name"]),
+                    target=entry[key],
+                    component=entry.get("component", ""),
+                    quantize=entry.get("quantize", False),
+                    because=entry["because"],
+                )
+            )
+    return tuple(rules)
+
+
+@functools.cache
+def find_rule(name: str) -> tuple[Rule | None, str]:
+    """The first rule for a tensor name, and the name its target means for this one."""
+    for rule in _rules():
+        if match := rule.pattern.fullmatch(name):
+            target = rule.target
+            for part in match.groups():
+                target = re.sub(r"\*+", part, target, count=1)
+            return rule, target
+    return None, name
+
+
+# -------------------------------------------------------------------------------------------- what must be there
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a Hugging Face checkpoint with this config, vision included: released name → shape."""
+    hidden, dense = config.hidden_size, config.intermediate_size
+    experts, wide = config.num_experts, config.moe_intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {"model.decoder.embed_tokens.weight": (config.vocab_size, hidden)}
+    for i, layer in enumerate(config.layers):
+        prefix = f"model.decoder.layers.{i}."
+        queries, keys = config.num_attention_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+        shapes[f"{prefix}self_attn.q_proj.weight"] = (queries, hidden)
+        shapes[f"{prefix}self_attn.k_proj.weight"] = (keys, hidden)
+        if layer.is_sliding:
+            shapes[f"{prefix}self_attn.v_proj.weight"] = (keys, hidden)
+        shapes[f"{prefix}self_attn.o_proj.weight"] = (hidden, queries)
+        for norm in ("q_norm", "k_norm"):
+            shapes[f"{prefix}self_attn.{norm}.weight"] = (layer.head_dim,)
+        shapes |= _gated_mlp(f"{prefix}mlp.", "", hidden, dense)
+        shapes[f"{prefix}router.proj.weight"] = (experts, hidden)
+        shapes[f"{prefix}router.scale"] = (hidden,)
+        shapes[f"{prefix}router.per_expert_scale"] = (experts,)
+        shapes[f"{prefix}experts.gate_up_proj"] = (experts, 2 * wide, hidden)
+        shapes[f"{prefix}experts.down_proj"] = (experts, hidden, wide)
+        for norm in (*_NORMS, "post_feedforward_layernorm_1", "post_feedforward_layernorm_2"):
+            shapes[f"{prefix}{norm}.weight"] = (hidden,)
+        shapes[f"{prefix}pre_feedforward_layernorm_2.weight"] = (hidden,)
+        shapes[f"{prefix}layer_scalar"] = (1,)
+        shapes[f"model.encoder.language_model.layers.{i}.layer_scalar"] = (1,)
+    shapes["model.decoder.norm.weight"] = (hidden,)
+    shapes["model.decoder.self_conditioning.pre_norm.weight"] = (hidden,)
+    shapes |= _gated_mlp("model.decoder.self_conditioning.", "", hidden, dense)
+    return shapes | (_vision_tensors(config.vision, hidden) if config.vision else {})
+
+
+_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+
+
+def _gated_mlp(prefix: str, suffix: str, hidden: int, wide: int) -> dict[str, tuple[int, ...]]:
+    shapes = {"gate_proj": (wide, hidden), "up_proj": (wide, hidden), "down_proj": (hidden, wide)}
+    return {f"{prefix}{name}{suffix}.weight": shape for name, shape in shapes.items()}
+
+
+def _vision_tensors(vision: dict[str, Any], text_hidden: int) -> dict[str, tuple[int, ...]]:
+    """The vision tower (transformers gemma4_vision) and the projection into the text model."""
+    keys = ("hidden_size", "intermediate_size", "head_dim", "num_attention_heads", "num_key_value_heads")
+    keys += ("patch_size", "position_embedding_size", "num_hidden_layers")
+    for key in keys:
+        if not isinstance(vision.get(key), int) or vision[key] < 1:
+            raise ConfigError(f"config.json: vision_config.{key} is {vision.get(key)!r}, expected a positive integer.")
+    hidden, wide, dim, heads, kv_heads, patch, positions, count = (vision[key] for key in keys)
+    tower = "model.encoder.vision_tower."
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.encoder.embed_vision.embedding_projection.weight": (text_hidden, hidden),
+        f"{tower}patch_embedder.input_proj.weight": (hidden, 3 * patch**2),
+        f"{tower}patch_embedder.position_embedding_table": (2, positions, hidden),
+    }
+    if vision.get("standardize", True):
+        shapes |= {f"{tower}std_bias": (hidden,), f"{tower}std_scale": (hidden,)}
+    for i in range(count):
+        prefix = f"{tower}encoder.layers.{i}."
+        for name, width in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            shapes[f"{prefix}self_attn.{name}_proj.linear.weight"] = (width * dim, hidden)
+        shapes[f"{prefix}self_attn.o_proj.linear.weight"] = (hidden, heads * dim)
+        shapes |= {f"{prefix}self_attn.{norm}.weight": (dim,) for norm in ("q_norm", "k_norm")}
+        shapes |= _gated_mlp(f"{prefix}mlp.", ".linear", hidden, wide)
+        shapes |= {f"{prefix}{norm}.weight": (hidden,) for norm in _NORMS}
+    return shapes
+
+
+def pack_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """`expected_tensors` under the names of an MLX pack, before packing."""
+    return {find_rule(name)[1]: shape for name, shape in expected_tensors(config).items()}
+
+
+def packing(shape: tuple[int, ...], how: Quantization, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What MLX stores for one packed matrix: `weight`, `scales` and, for affine, `biases` → (dtype, shape)."""
+    *rows, width = shape
+    groups = (*rows, width // how.group_size)
+    stored = {"weight": ("U32", (*rows, width * how.bits // 32)), "scales": ("U8", groups)}
+    if how.mode == "affine":
+        stored |= {"scales": (dtype, groups), "biases": (dtype, groups)}
+    return stored
+
+
+# ------------------------------------------------------------------------------------------------------- the files
+
+
+def read_header(file: Path) -> list[Tensor]:
+    """The tensors of one safetensors file, in the order of their bytes.
+
+    Errors: CheckpointError unless the header is small, well formed and its tensors tile the file exactly.
+    """
+    where = file.name
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER, size - 8):
+                raise CheckpointError(
+                    f"{where} is not a whole safetensors file: its header claims {length:,} bytes,"
+                    f" the file has {size:,} and headers may have {MAX_HEADER:,}.\nDownload it again."
+                )
+            header = json.loads(stream.read(length), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise CheckpointError(f"{where} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: the header is not JSON: {error}. Download it again.") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{where}: the header is a {type(header).__name__}, expected names and entries.")
+    header.pop("__metadata__", None)
+    tensors = [_entry(name, entry, file, 8 + length) for name, entry in header.items()]
+    position = 8 + length
+    for tensor in sorted(tensors, key=lambda t: (t.start, t.nbytes)):
+        if tensor.start != position:
+            raise CheckpointError(
+                f"{where}: the header lies about offsets: {tensor.name} begins at byte {tensor.start:,},"
+                f" the tensor before it ends at {position:,}.\nDownload it again."
+            )
+        position += tensor.nbytes
+    if position != size:
+        raise CheckpointError(f"{where} is truncated or padded: {position:,} bytes expected, got {size:,}.")
+    return sorted(tensors, key=lambda t: t.start)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(names := dict(pairs)) != len(pairs):
+        raise ValueError("a key appears twice")
+    return names
+
+
+def _entry(name: str, entry: Any, file: Path, base: int) -> Tensor:
+    """One header entry; `base` is where the data begins."""
+    try:
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, start, end)) or not isinstance(dtype, str):
+            raise ValueError
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(f"{file.name}: the header's entry for {name} is malformed: {str(entry)[:80]}") from None
+    if dtype not in SIZES:
+        raise CheckpointError(
+            f"{file.name}: {name} has dtype {dtype}, expected {', '.join(FLOATS)}.\n"
+            "Checkpoints quantized by other tools are not read; start from the released bf16 repository."
+        )
+    tensor = Tensor(name=name, file=file, dtype=dtype, shape=tuple(shape), start=base + start)
+    if tensor.nbytes != end - start:
+        raise CheckpointError(
+            f"{file.name}: the header lies about offsets: {name} is {dtype} {shape}, {tensor.nbytes:,} bytes,"
+            f" and claims {end - start:,}.\nDownload it again."
+        )
+    return tensor
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Errors: CheckpointError when the file is absent or something else."""
+    try:
+        values = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{file.name} is missing in {file.parent}.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file.name} cannot be read as JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file.name} holds a {type(values).__name__}, expected an object.")
+    return values
+
+
+def _shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The weight files, and which tensor the index (if there is one) says is where."""
+    if (folder / INDEX).exists():
+        where = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+            raise CheckpointError(f"{INDEX}: weight_map is not a map from tensor to file name.")
+        names = sorted(set(where.values()))
+        for name in names:
+            if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
+                raise CheckpointError(
+                    f"{INDEX} names a file outside the folder: {name!r}. Do not trust this checkpoint."
+                )
+    else:
+        where = None
+        names = sorted(path.name for path in folder.glob("model*.safetensors"))
+        if match := re.fullmatch(r"model-\d+-of-(\d+)\.safetensors", names[0] if names else ""):
+            names = [f"model-{i + 1:05d}-of-{match[1]}.safetensors" for i in range(min(int(match[1]), 100_000))]
+    if not names:
+        raise CheckpointError(f"no model*.safetensors in {folder}: there are no weights to read.")
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise CheckpointError(
+            f"{len(absent)} of {len(names)} weight files are missing in {folder}: {', '.join(absent[:3])}"
+            f"{' …' if len(absent) > 3 else ''}.\nDownload the checkpoint again."
+        )
+    return [folder / name for name in names], where
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of all shards, checked against the index."""
+    files, index = _shard_files(folder)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        for tensor in read_header(file):
+            if other := tensors.get(tensor.name):
+                raise CheckpointError(f"{tensor.name} is in two files: {other.file.name} and {file.name}.")
+            tensors[tensor.name] = tensor
+    if index is not None:
+        for name, file in index.items():
+            if name not in tensors:
+                raise CheckpointError(f"{INDEX} names {name}, and {file} does not have it.")
+            if tensors[name].file.name != file:
+                raise CheckpointError(f"{INDEX} puts {name} in {file}; it is in {tensors[name].file.name}.")
+        if extra := tensors.keys() - index.keys():
+            raise CheckpointError(f"{len(extra)} tensors are not in {INDEX}: {families(extra)}.")
+    return tensors
+
+
+def families(names: Iterable[str], limit: int = 3) -> str:
+    """Names for an error message, layers folded together: `layers.{n}.mlp.up_proj.weight (30 ×)`."""
+    counts: dict[str, int] = {}
+    for name in sorted(names):
+        folded = re.sub(r"\.\d+\.", ".{n}.", name)
+        counts[folded] = counts.get(folded, 0) + 1
+    shown = [f"{name} ({count} ×)" if count > 1 else name for name, count in counts.items()]
+    return ", ".join(shown[:limit]) + (f" and {len(shown) - limit} more kinds" if len(shown) > limit else "")
+
+
+# -------------------------------------------------------------------------------------------------- the whole folder
+
+
+def open_checkpoint(folder: Path, *, ignore_keys: tuple[str, ...] = ()) -> Checkpoint:
+    """Read every header and hold it against config.json; no tensor is read.
+
+    Errors: ConfigError or CheckpointError for anything missing, extra, misshapen or unknown. All vision tensors
+    may be absent together (packs that keep them elsewhere).
+    """
+    folder = Path(folder)
+    raw = read_json(folder / "config.json")
+    config = ModelConfig.from_dict(raw, ignore_keys=ignore_keys)
+    if config.quantization and "quant_method" in config.quantization:
+        raise CheckpointError(
+            f"{folder} was quantized by another tool ({config.quantization['quant_method']}).\n"
+            f"Start from {RELEASED} or an MLX pack."
+        )
+    tensors, tied = _by_pack_name(_read_tensors(folder))
+    expected = pack_shapes(config)
+    packed = {name.removesuffix(".scales") for name in tensors if name.endswith(".scales")}
+    quantized = {path: _packing_of(path, config) for path in packed if f"{path}.weight" in expected}
+    stored: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
+    for name, shape in expected.items():
+        path = name.removesuffix(".weight")
+        if path not in quantized:
+            stored[name] = (FLOATS, shape)
+            continue
+        if shape[-1] % quantized[path].group_size:
+            raise CheckpointError(f"{path}: groups of {quantized[path].group_size} do not divide {shape[-1]} columns.")
+        for part, (dtype, packed_shape) in packing(shape, quantized[path], "float").items():
+            stored[f"{path}.{part}"] = (FLOATS if dtype == "float" else (dtype,), packed_shape)
+    _compare(tensors, stored, folder)
+    return Checkpoint(folder=folder, raw_config=raw, config=config, tensors=tensors, quantized=quantized, tied=tied)
+
+
+def _by_pack_name(found: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[tuple[Tensor, str], ...]]:
+    """Sort tensors by fate: those that stay under their pack names, and those tied to one of them."""
+    tensors: dict[str, Tensor] = {}
+    tied: list[tuple[Tensor, str]] = []
+    unknown = []
+    for name, tensor in found.items():
+        matrix, _, part = name.rpartition(".")
+        packed = f"{matrix}.weight" if part in ("scales", "biases") else name
+        rule, target = find_rule(packed)
+        if rule is None:
+            unknown.append(name)
+        elif rule.fate == "refuse":
+            raise CheckpointError(f"this checkpoint cannot be read: it has {name}.\n{rule.because}")
+        elif rule.fate == "drop":
+            tied.append((tensor, find_rule(target)[1]))
+        elif (target := target if packed == name else name) in tensors:
+            raise CheckpointError(f"{target} is there twice: as {name} and as {tensors[target].name}.")
+        else:
+            tensors[target] = tensor
+    unknown += [tensor.name for tensor, target in tied if target not in tensors]
+    if unknown:
+        raise CheckpointError(
+            f"the checkpoint has {len(unknown)} tensors that no rule in convert/diffusiongemma-26b-a4b.toml mentions:\n"
+            f"{families(unknown)}.\nThis is another model, or a newer one than this version knows."
+        )
+    return tensors, tuple(tied)
+
+
+def _packing_of(path: str, config: ModelConfig) -> Quantization:
+    """How config.json says a matrix is packed; an override without a mode is affine, whatever the base is."""
+    blocks = config.quantization
+    if not blocks:
+        raise CheckpointError(f"{path} is packed (it has .scales), and config.json has no `quantization` block.")
+    override = blocks.get(path)
+    values = override if isinstance(override, dict) else blocks
+    values = {key: value for key, value in values.items() if key in ("bits", "group_size", "mode")}
+    return Quantization.from_dict(values, f"config.json, quantization of {path}")
+
+
+def _compare(
+    tensors: dict[str, Tensor], stored: dict[str, tuple[tuple[str, ...], tuple[int, ...]]], folder: Path
+) -> None:
+    """Errors: CheckpointError naming what is missing, extra, misshapen or of the wrong dtype."""
+    missing = stored.keys() - tensors.keys()
+    vision = {name for name in stored if is_vision(name)}
+    if not vision & tensors.keys():
+        missing -= vision
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} of {len(stored)} tensors are missing in {folder}: {families(missing)}.\n"
+            "Download the checkpoint again, or check that config.json belongs to it."
+        )
+    if extra := tensors.keys() - stored.keys():
+        raise CheckpointError(
+            f"{len(extra)} tensors have no place in the model config.json describes: {families(extra)}.\n"
+            "Check that config.json belongs to this checkpoint."
+        )
+    for name, tensor in tensors.items():
+        dtypes, shape = stored[name]
+        if tensor.shape != shape or tensor.dtype not in dtypes:
+            raise CheckpointError(
+                f"{tensor.file.name}: {name} is {tensor.dtype} {list(tensor.shape)},"
+                f" expected {' or '.join(dtypes)} {list(shape)} by config.json."
+            )
+
+
+def is_vision(name: str) -> bool:
+    """Tensors that the text network sets aside."""
+    return name.startswith(("model.encoder.vision_tower.", "model.encoder.embed_vision."))
+
+
+def read_config(folder: Path, *, ignore_keys: tuple[str, ...] = ()) -> ModelConfig:
+    """The architecture of the checkpoint in `folder`."""
+    return ModelConfig.from_dict(read_json(Path(folder) / "config.json"), ignore_keys=ignore_keys)
+
+
+def read_generation_config(folder: Path) -> GenerationConfig:
+    """generation_config.json where there is one; its stop ids are joined by those of config.json."""
+    file = Path(folder) / "generation_config.json"
+    values = read_json(file) if file.exists() else {}
+    return GenerationConfig.from_dict(values, stop_ids=read_config(folder).eos_token_ids)
+
+
+def load_network(path: Path, *, lazy: bool = False, ignore_keys: tuple[str, ...] = ()) -> Network:
+    """The text network with the weights in `path`: every parameter filled exactly once, no tensor left over but
+    vision's. `lazy` leaves the weights on disk until they are used."""
+    checkpoint = open_checkpoint(path, ignore_keys=ignore_keys)
+    network = Network(checkpoint.config)
+    quantized = {path.removeprefix("model."): how for path, how in checkpoint.quantized.items()}
+
+    def packed(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        how = quantized.get(path)
+        return False if how is None else {"bits": how.bits, "group_size": how.group_size, "mode": how.mode}
+
+    nn.quantize(network, class_predicate=packed)
+    text = {name: tensor for name, tensor in checkpoint.tensors.items() if not is_vision(name)}
+    used = [*text.values(), *(tensor for tensor, _ in checkpoint.tied)]
+    files: dict[Path, dict[str, mx.array]] = {file: mx.load(str(file)) for file in {tensor.file for tensor in used}}
+    for tensor, twin in checkpoint.tied:
+        if not mx.array_equal(files[tensor.file][tensor.name], files[text[twin].file][text[twin].name]):
+            raise trained_apart(tensor, twin)
+    weights = {name.removeprefix("model."): files[t.file][t.name] for name, t in text.items()}
+    try:
+        network.load_weights(list(weights.items()), strict=True)
+    except ValueError as error:
+        raise CheckpointError(f"the network and {path} disagree: {str(error).splitlines()[0]}") from None
+    network.eval()
+    if not lazy:
+        mx.eval(network.parameters())
+    return network
+
+
+def trained_apart(tensor: Tensor, twin: str) -> CheckpointError:
+    """A tensor that this architecture shares with another, and that differs from it in this checkpoint."""
+    return CheckpointError(
+        f"{tensor.file.name}: {tensor.name} is not equal to {twin}, with which DiffusionGemma shares its weights.\n"
+        "A model that was trained with the two apart cannot be expressed here."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- the Hub
+
+
+def resolve(path_or_repo: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """A local folder as it is, or a Hub repository downloaded (resumably) into the Hub's cache.
+
+    `weights=False` fetches everything but the tensors. Errors: CheckpointError for a folder or repository that is
+    absent, gated or unreachable, with the nearest name; ConfigError for a revision of a local folder.
+    """
+    folder = Path(path_or_repo).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ConfigError(f"{folder} is a local folder; a revision ({revision}) exists only on the Hub.")
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{folder} is a file; expected the folder of a checkpoint.")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path_or_repo)):
+        raise CheckpointError(f"there is no folder {folder}.{_nearest_folder(folder)}")
+    return _download(path_or_repo, revision, weights)
+
+
+def _nearest_folder(folder: Path) -> str:
+    import difflib
+
+    try:
+        names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    except OSError:
+        return f" A Hub repository is written owner/name, as {RELEASED}."
+    close = difflib.get_close_matches(folder.name, names, n=1)
+    return f" Did you mean {folder.parent / close[0]}?" if close else f" {folder.parent} has no folder like it."
+
+
+def _download(repo: str, revision: str | None, weights: bool) -> Path:
+    import difflib
+
+    from huggingface_hub import errors, snapshot_download
+
+    patterns = ["*.json", "*.jinja", "tokenizer.model"] + (["model*.safetensors"] if weights else [])
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except errors.GatedRepoError:
+        raise CheckpointError(
+            f"{repo} is gated: accept its terms at https://huggingface.co/{repo}, then run `hf auth login`."
+        ) from None
+    except errors.RepositoryNotFoundError:
+        close = difflib.get_close_matches(repo, (RELEASED, *PACKS), n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise CheckpointError(f"there is no folder and no Hub repository {repo}, or it is private.{hint}") from None
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(f"{repo} has no revision {revision!r}.") from None
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{repo} is not a folder here and cannot be fetched from the Hub: {str(error).splitlines()[0][:120]}"
+        ) from None
