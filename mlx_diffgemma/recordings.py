@@ -1,0 +1,85 @@
+"""Recordings of the reference: where they are, what is in them, and the small models they were made with.
+
+convert/record_reference.py writes them and documents the files. Nothing here imports MLX before it is needed: the
+recorder uses `random_weights` on machines without it.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .network import Network
+
+HERE = Path(__file__).parent
+
+
+def folder() -> Path:
+    """Where the recordings are: inside the installed package, else beside it in tests/reference."""
+    packaged = HERE / "_reference"
+    return packaged if packaged.is_dir() else HERE.parent / "tests" / "reference"
+
+
+def random_weights(
+    shapes: Mapping[str, tuple[int, ...]], *, seed: int, branches: float = 1.0, sharpness: float = 1.0
+) -> dict[str, np.ndarray]:
+    """Float32 weights that follow from a name, its shape and a seed alone, on every machine and NumPy.
+
+    Matrices keep the size of what passes through them, norms and scales lie around 1, layer scalars between 0.7 and
+    1.3: nothing is at rest, so nothing can be left out unnoticed. `branches` scales what each layer adds to the
+    residual (a small one makes a model that nearly copies its canvas, and so settles), `sharpness` the logits.
+    """
+    return {name: _random(name, shape, seed, branches, sharpness) for name, shape in shapes.items()}
+
+
+def _random(name: str, shape: tuple[int, ...], seed: int, branches: float, sharpness: float) -> np.ndarray:
+    name = name.removeprefix("model.").removesuffix(".weight")
+    bits = np.random.PCG64([seed, zlib.crc32(name.encode())]).random_raw(int(np.prod(shape)))
+    uniform = ((bits >> 40).astype(np.float32) * 2.0**-23 - 1).reshape(shape)  # [-1, 1), exact in float32
+    if len(shape) > 1:
+        return uniform * np.float32((3 / shape[-1]) ** 0.5)
+    values = 1 + np.float32(0.3) * uniform
+    if name.endswith(("post_attention_layernorm", "post_feedforward_layernorm")):
+        values *= np.float32(branches)
+    if name == "decoder.norm":
+        values *= np.float32(sharpness)
+    return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """One file: its arrays, and what they are and come from."""
+
+    name: str
+    provenance: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+    @classmethod
+    def load(cls, path: Path) -> "Recording":
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        return cls(name=path.stem, provenance=json.loads(str(arrays.pop("provenance"))), arrays=arrays)
+
+    def network(self) -> "Network":
+        """Our network with the weights of the recording's model, in float32."""
+        return small_network(**self.provenance["model"])
+
+
+def small_network(*, config: dict[str, Any], weights: dict[str, Any]) -> "Network":
+    """A network with `random_weights(**weights)`."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from .config import ModelConfig
+    from .network import Network
+
+    network = Network(ModelConfig.from_dict(config))
+    shapes = {name: value.shape for name, value in dict(tree_flatten(network.parameters())).items()}
+    network.load_weights([(name, mx.array(w)) for name, w in random_weights(shapes, **weights).items()])
+    network.eval()
+    return network
