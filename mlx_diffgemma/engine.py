@@ -1,0 +1,339 @@
+"""Block-diffusion generation as one generator of events: prefill → denoise → commit. Token ids only: no text, no
+files, no printing.
+
+    prefix ← encode(prompt)                          in chunks
+    for each canvas:
+        canvas ← random ids;  signal ← 0
+        for step in 0 … steps − 1:
+            hidden  ← denoise(canvas, prefix, signal)
+            reading ← best, guess, entropy, signal of hidden, at the step's temperature
+            canvas  ← guess where accepted, fresh random ids elsewhere
+            stop when settled
+        commit best: it becomes text, and is encoded into the prefix before the next canvas
+
+Source: transformers DiffusionGemmaGenerationMixin.generate.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import sampler, vocabulary
+from .cache import PrefixCache
+from .config import GenerationConfig
+from .errors import PromptError
+from .network import Network
+from .noise import Noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefilled:
+    """`tokens` of the `total` prompt tokens are in the prefix; once per chunk."""
+
+    tokens: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoised:
+    """One step is done. The arrays are computed already; reading them is what costs. Tuples have one entry per row."""
+
+    canvas: int  # which canvas, from 0
+    step: int  # 0 … steps − 1
+    steps: int  # the most steps a canvas may take
+    temperature: float
+    best: mx.array  # [B, L] int32
+    guess: mx.array  # [B, L] int32
+    accepted: mx.array  # [B, L] bool
+    entropy: mx.array  # [B, L] float32, nats
+    current: mx.array  # [B, L] int32: the next step's canvas
+    accepted_count: tuple[int, ...]
+    mean_entropy: tuple[float, ...]  # nats
+    settled: tuple[bool, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CanvasRow:
+    """What one row got from one canvas. A row that had already finished has no steps and no ids."""
+
+    ids: tuple[int, ...]  # up to, not including, the first stop id; cut at max_tokens
+    steps: int
+    settled: bool
+    mean_entropy: float  # nats, of the last step
+    accepted_per_step: tuple[int, ...]
+    reason: str = ""  # "stop" or "length" when the row finished with this canvas
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed:
+    """A canvas became part of the text."""
+
+    canvas: int
+    rows: tuple[CanvasRow, ...]
+    text: str = ""  # filled in by the pipeline: what became visible, for a single prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Totals of one run; for a batch, of all its rows together."""
+
+    prompt_tokens: int
+    reused_tokens: int  # prompt tokens that were in the cache already
+    generated_tokens: int
+    steps: int  # decoder passes
+    prefill_seconds: float
+    denoise_seconds: float
+    commit_seconds: float
+    tokens_per_forward: float  # as transformers counts: stop id included, padding and settled rows' steps not
+    peak_memory_bytes: int
+    departures: dict[str, Any] = field(default_factory=dict)  # options that differ from the reference algorithm
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self.denoise_seconds / self.steps if self.steps else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens by the time they took, prefill not counted."""
+        seconds = self.denoise_seconds + self.commit_seconds
+        return self.generated_tokens / seconds if seconds else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The run is over: per row "stop" (a stop id) or "length" (max_tokens, or the context limit)."""
+
+    reasons: tuple[str, ...]
+    statistics: Statistics
+    result: Any = None  # filled in by the pipeline
+
+
+Event = Prefilled | Denoised | Committed | Finished
+
+
+@dataclass(kw_only=True)
+class _Row:
+    """One prompt's progress."""
+
+    left: int  # tokens it may still get
+    reason: str = ""  # empty while it runs
+    tokens: int = 0  # kept
+    counted: int = 0  # as tokens_per_forward counts them
+    forwards: int = 0
+
+
+def generate(
+    network: Network,
+    prompts: list[list[int]],
+    settings: GenerationConfig,
+    noise: Noise,
+    cache: PrefixCache | None = None,
+) -> Iterator[Event]:
+    """Generate for B prompts of ids at once; a shorter one is padded on its left, as transformers does.
+
+    A `cache` that already holds the first tokens of the (single) prompt saves encoding those. Closing the
+    generator stops within a step.
+    Errors: PromptError, before any work, for an empty prompt or one that leaves no room for a canvas.
+    """
+    longest = max(map(len, prompts), default=0)
+    length = settings.canvas_length or network.config.canvas_length
+    canvases = _check(network, prompts, settings, longest, length)
+    padding = [longest - len(prompt) for prompt in prompts]
+    if cache is None:
+        cache = network.make_cache(len(prompts), padding, length)
+    reused = cache.length
+    mx.reset_peak_memory()
+    seconds = {"prefill": 0.0, "denoise": 0.0, "commit": 0.0}
+    cache.reserve(longest + (canvases - 1) * length)
+    padded = [[settings.pad_token_id] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
+    yield from _timed(_prefill(network, padded, cache, settings.prefill_step_size, longest), seconds, "prefill")
+
+    rows = [_Row(left=settings.max_tokens) for _ in prompts]
+    steps = 0
+    for index in range(canvases):
+        running = [not row.reason for row in rows]
+        trace = _Trace(len(rows))
+        best = mx.zeros((len(rows), length), mx.int32)
+        for event in _timed(_denoise(network, cache, settings, noise, index, running), seconds, "denoise"):
+            trace.add(event, running)
+            best = event.best
+            steps += 1
+            yield event
+        yield Committed(canvas=index, rows=_commit(best, rows, trace, settings, last=index == canvases - 1))
+        if all(row.reason for row in rows):
+            break
+        start = time.perf_counter()
+        network.encode(best, cache)
+        mx.eval(cache.state)
+        seconds["commit"] += time.perf_counter() - start
+    yield Finished(
+        reasons=tuple(row.reason for row in rows),
+        statistics=Statistics(
+            prompt_tokens=sum(map(len, prompts)),
+            reused_tokens=reused,
+            generated_tokens=sum(row.tokens for row in rows),
+            steps=steps,
+            prefill_seconds=seconds["prefill"],
+            denoise_seconds=seconds["denoise"],
+            commit_seconds=seconds["commit"],
+            tokens_per_forward=sum(row.counted for row in rows) / max(1, sum(row.forwards for row in rows)),
+            peak_memory_bytes=mx.get_peak_memory(),
+            departures=settings.departures,
+        ),
+    )
+
+
+def _check(network: Network, prompts: list[list[int]], settings: GenerationConfig, longest: int, length: int) -> int:
+    """How many canvases fit the request and the context; PromptError when not even one does."""
+    limit = network.config.max_position_embeddings
+    if not prompts or not all(prompts):
+        raise PromptError("the prompt has no tokens: give at least one (a chat template always does).")
+    if longest + length > limit:
+        raise PromptError(
+            f"the prompt is {longest} tokens; with one canvas of {length} it does not fit the model's context of"
+            f" {limit}.\nShorten it by at least {longest + length - limit} tokens."
+        )
+    return min(-(-settings.max_tokens // length), (limit - longest) // length)
+
+
+def _prefill(
+    network: Network, prompts: list[list[int]], cache: PrefixCache, chunk: int, total: int
+) -> Iterator[Prefilled]:
+    """Encode what the cache does not hold yet, chunk by chunk, so that memory does not grow with the prompt."""
+    ids = mx.array(prompts, mx.int32)
+    for start in range(cache.length, total, chunk):
+        network.encode(ids[:, start : start + chunk], cache)
+        mx.eval(cache.state)
+        if total - start > chunk:
+            mx.clear_cache()  # buffers of a full-length chunk never fit the next, longer one
+        yield Prefilled(tokens=cache.length, total=total)
+
+
+def _denoise(
+    network: Network,
+    cache: PrefixCache,
+    settings: GenerationConfig,
+    noise: Noise,
+    index: int,
+    running: list[bool],
+) -> Iterator[Denoised]:
+    """The steps of one canvas, until every running row is settled. A settled row keeps its canvas, its best
+    tokens and its signal while the others go on."""
+    canvas, signal = noise.canvas(index), None
+    earlier: list[mx.array] = []  # best canvases of the steps before
+    done, best, entropy = mx.array([not r for r in running]), canvas, None
+    forbidden = settings.stop_ids if settings.avoid_empty and index == 0 else ()
+    starts = mx.arange(canvas.size) % canvas.shape[1] == 0  # position 0 of every row
+    for step in range(settings.max_denoising_steps):
+        temperature = sampler.temperature(
+            step, settings.max_denoising_steps, t_min=settings.t_min, t_max=settings.t_max
+        )
+        shape = vocabulary.Shape(
+            cap=network.config.final_logit_softcapping,
+            temperature=temperature,
+            forbidden=forbidden,
+            positions=starts,
+        )
+        hidden = network.denoise(canvas, cache, signal)
+        draws = None if settings.greedy else noise.draws(index, step)
+        reading = vocabulary.read(hidden, network.decoder.embed_tokens, shape, draws)
+        accepted = sampler.accept(reading.entropy, settings.entropy_bound)
+        following = sampler.renoise(accepted, reading.guess, noise.ids(index, step))
+        best, canvas = _keep(done, best, reading.best), _keep(done, canvas, following)
+        entropy = reading.entropy if entropy is None else _keep(done, entropy, reading.entropy)
+        signal = reading.signal if signal is None else _keep(done, signal, reading.signal)
+        done = done | sampler.settled(
+            best,
+            earlier,
+            entropy,
+            stability=settings.stability_threshold,
+            confidence=settings.confidence_threshold,
+        )
+        earlier = [*earlier, best][-settings.stability_threshold :] if settings.stability_threshold else []
+        mx.async_eval(canvas, best, signal, entropy, accepted)
+        counts, means, settled = np.array(mx.stack([accepted.sum(axis=-1), entropy.mean(axis=-1), done])).tolist()
+        yield Denoised(
+            canvas=index,
+            step=step,
+            steps=settings.max_denoising_steps,
+            temperature=temperature,
+            best=best,
+            guess=reading.guess,
+            accepted=accepted,
+            entropy=entropy,
+            current=canvas,
+            accepted_count=tuple(map(int, counts)),
+            mean_entropy=tuple(means),
+            settled=tuple(map(bool, settled)),
+        )
+        if all(settled):
+            return
+
+
+def _keep(done: mx.array, old: mx.array, new: mx.array) -> mx.array:
+    """Rows that are done keep the old value."""
+    return mx.where(done.reshape(-1, *[1] * (new.ndim - 1)), old, new)
+
+
+class _Trace:
+    """What the steps of one canvas did, per row."""
+
+    def __init__(self, rows: int):
+        self.steps = [0] * rows
+        self.accepted: list[list[int]] = [[] for _ in range(rows)]
+        self.mean_entropy = [0.0] * rows
+        self.settled = [False] * rows
+
+    def add(self, event: Denoised, running: list[bool]) -> None:
+        for row, runs in enumerate(running):
+            if runs and not self.settled[row]:
+                self.steps[row] += 1
+                self.accepted[row].append(event.accepted_count[row])
+                self.mean_entropy[row] = event.mean_entropy[row]
+                self.settled[row] = event.settled[row]
+
+
+def _commit(
+    best: mx.array, rows: list[_Row], trace: _Trace, settings: GenerationConfig, *, last: bool
+) -> tuple[CanvasRow, ...]:
+    """Turn the best tokens [B, L] into each row's kept ids, and note which rows are finished."""
+    committed = []
+    for number, (row, ids) in enumerate(zip(rows, np.array(best).tolist(), strict=True)):
+        kept: list[int] = []
+        if not row.reason:
+            row.forwards += trace.steps[number]
+            stop = next((i for i, token in enumerate(ids) if token in settings.stop_ids), len(ids))
+            row.counted += sum(token != settings.pad_token_id for token in ids[: stop + 1])
+            kept = ids[: min(stop, row.left)]
+            row.left -= len(kept)
+            row.tokens += len(kept)
+            if stop == len(kept) and stop < len(ids):
+                row.reason = "stop"
+            elif row.left == 0 or last:
+                row.reason = "length"
+        committed.append(
+            CanvasRow(
+                ids=tuple(kept),
+                steps=trace.steps[number],
+                settled=trace.settled[number],
+                mean_entropy=trace.mean_entropy[number],
+                accepted_per_step=tuple(trace.accepted[number]),
+                reason=row.reason if trace.steps[number] else "",
+            )
+        )
+    return tuple(committed)
+
+
+def _timed(events: Iterator[Any], seconds: dict[str, float], name: str) -> Iterator[Any]:
+    """The same events; only the time spent making them counts, not the time a consumer holds them."""
+    while True:
+        start = time.perf_counter()
+        event = next(events, None)
+        seconds[name] += time.perf_counter() - start
+        if event is None:
+            return
+        yield event
