@@ -7,6 +7,7 @@ noise, not from its seed.
 
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -36,7 +37,7 @@ class Noise(Protocol):
 
 
 class SeededNoise:
-    """Noise from one seed per row: a row gets the same noise whatever batch it runs in.
+    """Noise from one seed per row (any integer, taken modulo 2**64): a row gets the same noise whatever batch it runs in.
 
     Every array has a key of its own, so nothing depends on the order of calls or on MLX's global random state.
     """
@@ -87,9 +88,9 @@ class RecordedNoise:
     def load(cls, path: str | os.PathLike) -> "RecordedNoise":
         """Read a file written by `NoiseRecorder.save` or by convert/record_reference.py. Errors: NoiseError."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
                 return cls(file["canvas"], file["draws"], file["ids"], name=str(path))
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise NoiseError(f"{path}: not a readable recording of noise: {error}.") from error
 
     @property
