@@ -11,38 +11,21 @@ import re
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .config import GenerationConfig, ModelConfig, Quantization
+from .config import GenerationConfig, ModelConfig, Quantization, glob
 from .errors import CheckpointError, ConfigError
 from .network import Network
+from .quantize import Source, packing
+from .shards import FLOATS, Tensor, read_header
 
 RELEASED = "google/diffusiongemma-26B-A4B-it"
 PACKS = tuple(f"mlx-community/diffusiongemma-26B-A4B-it-{kind}" for kind in ("4bit", "8bit", "bf16"))
 INDEX = "model.safetensors.index.json"
-SIZES = {"F32": 4, "BF16": 2, "F16": 2, "U32": 4, "U8": 1}
-FLOATS = ("BF16", "F16", "F32")
-MAX_HEADER = 16_000_000  # bytes; the released checkpoint's largest is 59,784
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tensor:
-    """Where one tensor lies: bytes `start` … `start + nbytes` of `file`; `dtype` in safetensors' words."""
-
-    name: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def nbytes(self) -> int:
-        return SIZES[self.dtype] * prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +59,6 @@ def knowledge() -> Path:
     """The folder `convert/`: the copy packed in the wheel, else the one beside the package."""
     package = Path(__file__).parent
     return next(path for path in (package / "_convert", package.parent / "convert") if path.is_dir())
-
-
-def glob(pattern: str) -> re.Pattern[str]:
-    """A dotted path pattern: `*` is (part of) one name, `**` anything; each becomes a group."""
-    parts = re.split(r"(\*\*|\*)", pattern)
-    kinds = {"*": r"([^.]*)", "**": r"(.+)"}
-    return re.compile("".join(kinds.get(part) or re.escape(part) for part in parts))
 
 
 @functools.cache
@@ -196,87 +172,17 @@ def _vision_tensors(vision: dict[str, Any], text_hidden: int) -> dict[str, tuple
     return shapes
 
 
-def pack_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """`expected_tensors` under the names of an MLX pack, before packing."""
-    return {find_rule(name)[1]: shape for name, shape in expected_tensors(config).items()}
-
-
-def packing(shape: tuple[int, ...], how: Quantization, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What MLX stores for one packed matrix: `weight`, `scales` and, for affine, `biases` → (dtype, shape)."""
-    *rows, width = shape
-    groups = (*rows, width // how.group_size)
-    stored = {"weight": ("U32", (*rows, width * how.bits // 32)), "scales": ("U8", groups)}
-    if how.mode == "affine":
-        stored |= {"scales": (dtype, groups), "biases": (dtype, groups)}
-    return stored
+def sources(config: ModelConfig) -> list[Source]:
+    """`expected_tensors` under the names of an MLX pack, with what the rules say about each."""
+    made = []
+    for name, shape in expected_tensors(config).items():
+        rule, target = find_rule(name)
+        assert rule is not None
+        made.append(Source(name=target, shape=shape, component=rule.component, quantize=rule.quantize))
+    return made
 
 
 # ------------------------------------------------------------------------------------------------------- the files
-
-
-def read_header(file: Path) -> list[Tensor]:
-    """The tensors of one safetensors file, in the order of their bytes.
-
-    Errors: CheckpointError unless the header is small, well formed and its tensors tile the file exactly.
-    """
-    where = file.name
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(MAX_HEADER, size - 8):
-                raise CheckpointError(
-                    f"{where} is not a whole safetensors file: its header claims {length:,} bytes,"
-                    f" the file has {size:,} and headers may have {MAX_HEADER:,}.\nDownload it again."
-                )
-            header = json.loads(stream.read(length), object_pairs_hook=_no_duplicates)
-    except OSError as error:
-        raise CheckpointError(f"{where} cannot be read: {error.strerror or error}.") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: the header is not JSON: {error}. Download it again.") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{where}: the header is a {type(header).__name__}, expected names and entries.")
-    header.pop("__metadata__", None)
-    tensors = [_entry(name, entry, file, 8 + length) for name, entry in header.items()]
-    position = 8 + length
-    for tensor in sorted(tensors, key=lambda t: (t.start, t.nbytes)):
-        if tensor.start != position:
-            raise CheckpointError(
-                f"{where}: the header lies about offsets: {tensor.name} begins at byte {tensor.start:,},"
-                f" the tensor before it ends at {position:,}.\nDownload it again."
-            )
-        position += tensor.nbytes
-    if position != size:
-        raise CheckpointError(f"{where} is truncated or padded: {position:,} bytes expected, got {size:,}.")
-    return sorted(tensors, key=lambda t: t.start)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(names := dict(pairs)) != len(pairs):
-        raise ValueError("a key appears twice")
-    return names
-
-
-def _entry(name: str, entry: Any, file: Path, base: int) -> Tensor:
-    """One header entry; `base` is where the data begins."""
-    try:
-        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, start, end)) or not isinstance(dtype, str):
-            raise ValueError
-    except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{file.name}: the header's entry for {name} is malformed: {str(entry)[:80]}") from None
-    if dtype not in SIZES:
-        raise CheckpointError(
-            f"{file.name}: {name} has dtype {dtype}, expected {', '.join(FLOATS)}.\n"
-            "Checkpoints quantized by other tools are not read; start from the released bf16 repository."
-        )
-    tensor = Tensor(name=name, file=file, dtype=dtype, shape=tuple(shape), start=base + start)
-    if tensor.nbytes != end - start:
-        raise CheckpointError(
-            f"{file.name}: the header lies about offsets: {name} is {dtype} {shape}, {tensor.nbytes:,} bytes,"
-            f" and claims {end - start:,}.\nDownload it again."
-        )
-    return tensor
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -367,7 +273,7 @@ def open_checkpoint(folder: Path, *, ignore_keys: tuple[str, ...] = ()) -> Check
             f"Start from {RELEASED} or an MLX pack."
         )
     tensors, tied = _by_pack_name(_read_tensors(folder))
-    expected = pack_shapes(config)
+    expected = {source.name: source.shape for source in sources(config)}
     packed = {name.removesuffix(".scales") for name in tensors if name.endswith(".scales")}
     quantized = {path: _packing_of(path, config) for path in packed if f"{path}.weight" in expected}
     stored: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
@@ -481,7 +387,7 @@ def load_network(path: Path, *, lazy: bool = False, ignore_keys: tuple[str, ...]
     nn.quantize(network, class_predicate=packed)
     text = {name: tensor for name, tensor in checkpoint.tensors.items() if not is_vision(name)}
     used = [*text.values(), *(tensor for tensor, _ in checkpoint.tied)]
-    files: dict[Path, dict[str, mx.array]] = {file: mx.load(str(file)) for file in {tensor.file for tensor in used}}
+    files = {file: cast(dict[str, mx.array], mx.load(str(file))) for file in {tensor.file for tensor in used}}
     for tensor, twin in checkpoint.tied:
         if not mx.array_equal(files[tensor.file][tensor.name], files[text[twin].file][text[twin].name]):
             raise trained_apart(tensor, twin)
@@ -491,6 +397,8 @@ def load_network(path: Path, *, lazy: bool = False, ignore_keys: tuple[str, ...]
     except ValueError as error:
         raise CheckpointError(f"the network and {path} disagree: {str(error).splitlines()[0]}") from None
     network.eval()
+    if mx.default_device() == mx.cpu and not any(".experts." in path for path in quantized):
+        network.set_dtype(mx.float32)  # MLX's CPU backend multiplies expert weights in float32 only
     if not lazy:
         mx.eval(network.parameters())
     return network
@@ -558,3 +466,28 @@ def _download(repo: str, revision: str | None, weights: bool) -> Path:
         raise CheckpointError(
             f"{repo} is not a folder here and cannot be fetched from the Hub: {str(error).splitlines()[0][:120]}"
         ) from None
+
+
+def check_upload(repo: str) -> None:
+    """Errors: CheckpointError unless someone is logged in who could upload; asked before hours of work."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        HfApi().whoami()
+    except (errors.LocalTokenNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        reason = (str(error).splitlines() or [""])[0][:120]
+        raise CheckpointError(
+            f"cannot upload to {repo}: {reason}\nRun `hf auth login`, or leave out the upload."
+        ) from None
+
+
+def upload(folder: Path, repo: str) -> None:
+    """Upload a pack; what the Hub already has is not sent twice."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        api = HfApi()
+        api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"{folder} is complete, its upload to {repo} failed: {str(error)[:160]}") from None

@@ -5,6 +5,8 @@ know, because a renamed key that silently becomes a default value is a wrong mod
 """
 
 import dataclasses
+import functools
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -337,6 +339,10 @@ class Override:
     quantization: Quantization | None
     because: str
 
+    def matches(self, path: str) -> bool:
+        """Whether a module path, written without the leading `model.`, is meant."""
+        return glob(self.path).fullmatch(path) is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -356,7 +362,9 @@ class Recipe:
         known = {"because", "bits", "group_size", "mode", "dtype", "allow_low_bit_trunk", "experimental", "override"}
         _refuse_unknown(values, known, f"recipe {name}")
         overrides = []
-        for i, entry in enumerate(values.get("override", ())):
+        entries = values.get("override", [])
+        _check(f"recipe {name}: override", entries, _is_tables(entries), "one or more [[override]] tables")
+        for i, entry in enumerate(entries):
             where = f"recipe {name}, override {i + 1}"
             _refuse_unknown(entry, {"path", "because", "quantize", "bits", "group_size", "mode"}, where)
             for key in ("path", "because"):
@@ -384,6 +392,17 @@ class Recipe:
 
 
 DTYPES = ("bfloat16", "float16", "float32")
+
+
+@functools.cache
+def glob(pattern: str) -> re.Pattern[str]:
+    """A dotted path pattern: `*` is (part of) one name, `**` anything; each becomes a group."""
+    kinds = {"*": r"([^.]*)", "**": r"(.+)"}
+    return re.compile("".join(kinds.get(part) or re.escape(part) for part in re.split(r"(\*\*|\*)", pattern)))
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
 def _refuse_unknown(values: dict[str, Any], known: set[str], where: str) -> None:

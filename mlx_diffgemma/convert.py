@@ -1,0 +1,233 @@
+"""`mlx_diffgemma.convert`: the released checkpoint into an MLX pack that fits.
+
+The work is done in packs.py; what the converter knows is data, in convert/.
+"""
+
+import time
+import tomllib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import rich.progress
+from rich.console import Console
+from rich.progress import BarColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import checkpoint, quantize
+from .checkpoint import RELEASED, open_checkpoint
+from .cli import command
+from .config import DTYPES, MODE_DEFAULTS, ModelConfig, Quantization, Recipe
+from .errors import ConfigError
+from .packs import Conversion, Error, Piece, Progress, convert, prepare, verify
+from .quantize import Planned
+from .shards import lay_out
+
+# ------------------------------------------------------------------------------------------------------- recipes
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(file.stem for file in (checkpoint.knowledge() / "recipes").glob("*.toml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by name, or from a TOML file. `extends` takes another recipe's overrides behind its own."""
+    return Recipe.from_dict(_recipe_values(name, ()), name)
+
+
+def _recipe_values(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    file = Path(name) if name.endswith(".toml") else checkpoint.knowledge() / "recipes" / f"{name}.toml"
+    if not file.is_file() or name in seen:
+        raise ConfigError(f"there is no recipe {name!r}; expected a .toml file or one of {', '.join(recipe_names())}.")
+    try:
+        values = tomllib.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"recipe {file} cannot be read: {error}.") from None
+    if (parent := values.pop("extends", None)) is None:
+        return values
+    inherited = _recipe_values(str(parent), (*seen, name))
+    return values | {"override": [*values.get("override", []), *inherited.get("override", [])]}
+
+
+def adhoc_recipe(bits: int | None, group_size: int | None, mode: str | None) -> Recipe:
+    """`-q`: the experts as asked, the trunk as in q4 (8-bit)."""
+    asked = {"bits": bits, "group_size": group_size, "mode": mode}
+    base = Quantization.from_dict({key: value for key, value in asked.items() if value is not None}, "-q")
+    name = f"-q, {quantize.describe(base, '')}"
+    return replace(load_recipe("q4"), name=name, because="Chosen on the command line; 8-bit trunk.", base=base)
+
+
+# ----------------------------------------------------------------------------------------------------- the terminal
+
+
+class Bar(Progress):
+    """A progress bar on a terminal; elsewhere a log line every 15 seconds. Both on stderr."""
+
+    def __init__(self, verb: str):
+        self.verb = verb
+        self.console = Console(stderr=True)
+
+    @contextmanager
+    def over(self, tensors: int, nbytes: int) -> Iterator[None]:
+        self.tensors, self.nbytes, self.done, self.whole = tensors, nbytes, 0, 0
+        self.began = self.logged = time.monotonic()
+        columns = ("{task.description}", BarColumn(), "{task.fields[state]}", TimeRemainingColumn())
+        self.bar = rich.progress.Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.task = self.bar.add_task(self.verb, total=nbytes, state="")
+        with self.bar:
+            yield
+        self.console.print(f"{self.verb}: {self._state()} in {time.monotonic() - self.began:.0f} s")
+
+    def _state(self) -> str:
+        rate = self.done / max(time.monotonic() - self.began, 1e-9)
+        return f"{self.whole}/{self.tensors} tensors, {self.done / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s"
+
+    def advance(self, piece: Piece) -> None:
+        self.done += piece.nbytes
+        self.whole += piece.stop == piece.tensor.rows
+        self.bar.update(self.task, completed=self.done, state=self._state())
+        if not self.console.is_terminal and time.monotonic() - self.logged > 15:
+            self.logged = time.monotonic()
+            left = (self.logged - self.began) * (self.nbytes / self.done - 1)
+            self.console.print(f"{self.verb}: {self._state()}, {left:.0f} s left")
+
+
+def print_plan(config: ModelConfig, recipe: Recipe, planned: list[Planned], weight_files: int) -> None:
+    """What a conversion will make: sizes to the byte, memory to run it, and the Macs it fits."""
+    out = Console()
+    table = Table("component", "tensors", "packing", "bits/weight", "bytes", title=f"recipe {recipe.name}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    sizes = quantize.sizes(recipe, planned)
+    total = quantize.Size.sum(sizes.values())
+    for component, size in (*sizes.items(), ("total", total)):
+        row = (str(size.tensors), size.packing, f"{size.bits_per_weight:.2f}", f"{size.nbytes:,}")
+        table.add_row(component, *row, style="bold" if size is total else "")
+    out.print(recipe.because, table, f"weight files: {weight_files:,} bytes", sep="\n", highlight=False)
+    text = total.nbytes - (sizes["vision"].nbytes if "vision" in sizes else 0)
+    memory = Table("prefix", "memory to run", "fits a Mac of", "with a raised limit*", title="estimated")
+    for prefix in (4096, 32_768, 131_072):
+        needed = quantize.memory_needed(config, text, prefix)
+        smallest = [f"{mac} GB" if mac else "none" for mac in quantize.smallest_macs(needed)]
+        memory.add_row(f"{prefix // 1024}K", f"{needed / 1e9:.1f} GB", *smallest)
+    out.print(memory, "* sudo sysctl iogpu.wired_limit_mb=…", sep="\n", highlight=False)
+    _warn(recipe, planned)
+
+
+def _warn(recipe: Recipe, planned: Iterable[Planned]) -> None:
+    if recipe.dtype == "float16":
+        click.echo("Warning: Gemma's activations can overflow float16 and turn into NaN; bfloat16 is safe.", err=True)
+    if recipe.experimental:
+        click.echo(f"Warning: recipe {recipe.name} is experimental. {recipe.because}", err=True)
+    changed: dict[str, list[str]] = {}
+    for item in planned:
+        if item.wanted:
+            line = f"{quantize.describe(item.wanted, '')} does not divide their width: "
+            line += f"{quantize.describe(item.how, recipe.dtype)} instead"
+            changed.setdefault(line, []).append(item.source.path)
+    for line, paths in changed.items():
+        click.echo(f"Warning: {checkpoint.families(paths)}: {line}.", err=True)
+
+
+def print_errors(errors: dict[str, dict[str, Error]]) -> None:
+    """The verification's report: per component, the relative RMS error and the worst tensor."""
+    table = Table("component", "relative RMS error", "worst tensor", "its error", title="every byte as it should be")
+    for component, tensors in errors.items():
+        whole = Error()
+        for one in tensors.values():
+            whole.add(one.error, one.weight)
+        worst = max(tensors, key=lambda name: tensors[name].relative)
+        table.add_row(component, f"{whole.relative:.2e}", worst, f"{tensors[worst].relative:.2e}")
+    Console().print(table)
+
+
+@command("convert")
+@click.option("--hf-path", "--model", default=RELEASED, show_default=True, metavar="PATH|REPO", help="What to convert.")
+@click.option("--revision", help="Branch, tag or commit of a Hub repository.")
+@click.option("--mlx-path", default="mlx_model", show_default=True, metavar="PATH", help="The folder to make.")
+@click.option("--recipe", metavar="NAME|FILE.toml", help=f"{', '.join(recipe_names())}, or your own.  [default: q4]")
+@click.option("-q", "--quantize", "ad_hoc", is_flag=True, help="A recipe from the three options below.")
+@click.option("--q-bits", type=int, help="Bits per weight of the experts.")
+@click.option("--q-group-size", type=int, help="Weights that share a scale.")
+@click.option("--q-mode", type=click.Choice(list(MODE_DEFAULTS)), help="How they are packed.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Of everything that is not packed.  [default: the recipe's]")
+@click.option("--upload-repo", metavar="REPO", help="Upload the pack there.")
+@click.option("--dry-run", is_flag=True, help="Say what would be made, to the byte; download and write no weights.")
+@click.option(
+    "--verify", "verifying", is_flag=True, help="Re-read the pack against the source; converts if there is none."
+)
+@click.option("--force", is_flag=True, help="Replace a pack that is at --mlx-path.")
+@click.option("--ignore-key", multiple=True, metavar="KEY", help="An unknown config key that you know is harmless.")
+def main(
+    hf_path: str,
+    revision: str | None,
+    mlx_path: str,
+    recipe: str | None,
+    ad_hoc: bool,
+    q_bits: int | None,
+    q_group_size: int | None,
+    q_mode: str | None,
+    dtype: str | None,
+    upload_repo: str | None,
+    dry_run: bool,
+    verifying: bool,
+    force: bool,
+    ignore_key: tuple[str, ...],
+) -> None:
+    """Turn a DiffusionGemma checkpoint into an MLX pack that fits.
+
+    An interrupted conversion continues where it was when the same command is run again.
+    """
+    asked = (q_bits, q_group_size, q_mode)
+    ad_hoc = ad_hoc or any(value is not None for value in asked)
+    if ad_hoc and recipe is not None:
+        raise click.UsageError("--recipe and the -q options exclude one another.")
+    if dry_run and (upload_repo or verifying or force):
+        raise click.UsageError("--dry-run writes nothing: it excludes --upload-repo, --verify and --force.")
+    chosen = adhoc_recipe(*asked) if ad_hoc else load_recipe(recipe or "q4")
+    chosen = replace(chosen, dtype=dtype or chosen.dtype)
+    if upload_repo:
+        checkpoint.check_upload(upload_repo)
+    local = Path(hf_path).expanduser().is_dir()
+    folder = checkpoint.resolve(hf_path, revision, weights=not dry_run)
+    if dry_run and not local:
+        _dry_run_remote(folder, chosen, ignore_key)
+        return
+    source = open_checkpoint(folder, ignore_keys=ignore_key)
+    plan = prepare(source, chosen, repo=None if local else hf_path)
+    if dry_run:
+        print_plan(source.config, chosen, list(plan.planned), sum(shard.size for shard in plan.shards))
+        return
+    target = Path(mlx_path).expanduser()
+    if not (verifying and not force and (target / "config.json").is_file()):
+        _warn(chosen, plan.planned)
+        _convert_aloud(plan, target, force)
+    if verifying:
+        print_errors(verify(source, target, Bar("verifying")))
+    if upload_repo:
+        checkpoint.upload(target, upload_repo)
+        click.echo(f"https://huggingface.co/{upload_repo}")
+
+
+def _dry_run_remote(folder: Path, recipe: Recipe, ignore_keys: tuple[str, ...]) -> None:
+    """A Hub repository's plan from its config alone: shapes follow from it."""
+    config = checkpoint.read_config(folder, ignore_keys=ignore_keys)
+    planned = quantize.plan(recipe, checkpoint.sources(config))
+    print_plan(config, recipe, planned, sum(shard.size for shard in lay_out(planned)))
+
+
+def _convert_aloud(plan: Conversion, target: Path, force: bool) -> None:
+    try:
+        convert(plan, target, force=force, progress=Bar("converting"))
+    except KeyboardInterrupt:
+        click.echo("Interrupted. Finished shards are kept; run the same command again to continue.", err=True)
+        raise
+    click.echo(f"{target}: {plan.total_size / 1e9:.2f} GB, recipe {plan.recipe.name}")
+
+
+if __name__ == "__main__":
+    main()
