@@ -75,6 +75,7 @@ class Committed:
     canvas: int
     rows: tuple[CanvasRow, ...]
     text: str = ""  # filled in by the pipeline: what became visible, for a single prompt
+    thinking: str = ""  # likewise, of the thoughts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +133,13 @@ def generate(
     settings: GenerationConfig,
     noise: Noise,
     cache: PrefixCache | None = None,
+    pause_at: int | None = None,
 ) -> Iterator[Event]:
     """Generate for B prompts of ids at once; a shorter one is padded on its left, as transformers does.
 
-    A `cache` that already holds the first tokens of the (single) prompt saves encoding those. Closing the
-    generator stops within a step.
+    A `cache` that already holds the first tokens of the (single) prompt saves encoding those; one of the Prefilled
+    events comes when it holds exactly `pause_at` tokens, so that the caller can take a snapshot there. Closing
+    the generator stops within a step.
     Errors: PromptError, before any work, for an empty prompt or one that leaves no room for a canvas.
     """
     longest = max(map(len, prompts), default=0)
@@ -150,7 +153,7 @@ def generate(
     seconds = {"prefill": 0.0, "denoise": 0.0, "commit": 0.0}
     cache.reserve(longest + (canvases - 1) * length)
     padded = [[settings.pad_token_id] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
-    yield from _timed(_prefill(network, padded, cache, settings.prefill_step_size, longest), seconds, "prefill")
+    yield from _timed(_prefill(network, padded, cache, settings.prefill_step_size, pause_at), seconds, "prefill")
 
     rows = [_Row(left=settings.max_tokens) for _ in prompts]
     steps = 0
@@ -201,16 +204,20 @@ def _check(network: Network, prompts: list[list[int]], settings: GenerationConfi
 
 
 def _prefill(
-    network: Network, prompts: list[list[int]], cache: PrefixCache, chunk: int, total: int
+    network: Network, prompts: list[list[int]], cache: PrefixCache, chunk: int, pause_at: int | None
 ) -> Iterator[Prefilled]:
     """Encode what the cache does not hold yet, chunk by chunk, so that memory does not grow with the prompt."""
     ids = mx.array(prompts, mx.int32)
-    for start in range(cache.length, total, chunk):
-        network.encode(ids[:, start : start + chunk], cache)
+    total = ids.shape[1]
+    while cache.length < total:
+        end = min(cache.length + chunk, total)
+        if pause_at is not None and cache.length < pause_at < end:
+            end = pause_at
+        network.encode(ids[:, cache.length : end], cache)
         mx.eval(cache.state)
-        if total - start > chunk:
+        if end < total:
             mx.clear_cache()  # buffers of a full-length chunk never fit the next, longer one
-        yield Prefilled(tokens=cache.length, total=total)
+        yield Prefilled(tokens=end, total=total)
 
 
 def _denoise(

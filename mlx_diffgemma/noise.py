@@ -37,7 +37,7 @@ class Noise(Protocol):
 
 
 class SeededNoise:
-    """Noise from one seed per row (any integer, taken modulo 2**64): a row gets the same noise whatever batch it runs in.
+    """Noise from one seed per row (an integer, modulo 2**64): a row gets the same noise whatever batch it runs in.
 
     Every array has a key of its own, so nothing depends on the order of calls or on MLX's global random state.
     """

@@ -166,6 +166,7 @@ class DiffusionGemma:
         seeds: list[int] | None = None,
         noise: Noise | None = None,
         cache: PrefixCache | None = None,
+        pause_at: int | None = None,
     ) -> Iterator[Event]:
         """The engine's events, with text and results filled in; holds the lock while it runs."""
         settings = self.generation_config.replace(**options)
@@ -185,10 +186,10 @@ class DiffusionGemma:
             )
         try:
             answers = [_Answer(self._tokenizer, prompt) for prompt in prompts]
-            for event in engine.generate(self.network, prompts, settings, noise, cache):
+            for event in engine.generate(self.network, prompts, settings, noise, cache, pause_at):
                 if isinstance(event, Committed):
-                    texts = [answer.add(row) for answer, row in zip(answers, event.rows, strict=True)]
-                    event = dataclasses.replace(event, text=texts[0])
+                    parts = [answer.add(row) for answer, row in zip(answers, event.rows, strict=True)]
+                    event = dataclasses.replace(event, text=parts[0][0], thinking=parts[0][1])
                 elif isinstance(event, Finished):
                     rows = zip(answers, event.reasons, seeds or [None] * len(prompts), strict=True)
                     event = dataclasses.replace(event, result=[a.result(r, event.statistics, s) for a, r, s in rows])
@@ -210,7 +211,7 @@ class Chat:
         """Forget everything but the system prompt."""
         self.messages: list[Message] = list(self.system)
         self._cache: PrefixCache | None = None
-        self._prompt: list[int] = []  # what the snapshot holds
+        self._known: list[int] = []  # the ids the snapshot holds
         self._snapshot: Snapshot | None = None
 
     def send(self, text: str, **options: Any) -> Result:
@@ -229,10 +230,11 @@ class Chat:
         template = {k: options.pop(k, None) for k in ("enable_thinking", "tools")}
         run = {k: options.pop(k, None) for k in ("seed", "noise")}
         ids = self.model.ids(messages, **template)
+        lasting = self._lasting(ids, messages, template)
         cache = self._rewind(ids, options)
-        for event in self.model._events([ids], options=options, cache=cache, **run):
-            if isinstance(event, Prefilled) and event.tokens == event.total:
-                self._prompt, self._snapshot = ids, cache.snapshot()
+        for event in self.model._events([ids], options=options, cache=cache, pause_at=lasting, **run):
+            if isinstance(event, Prefilled) and event.tokens == lasting:
+                self._known, self._snapshot = ids[:lasting], cache.snapshot()
             elif isinstance(event, Finished):
                 event = dataclasses.replace(event, result=event.result[0])
                 answer: Message = {"role": "assistant", "content": event.result.text}
@@ -241,14 +243,23 @@ class Chat:
                 self.messages = [*messages, answer]
             yield event
 
+    def _lasting(self, ids: list[int], messages: list[Message], template: dict[str, Any]) -> int:
+        """How many of the prompt's ids the next turn's prompt will begin with, whatever the answer is.
+
+        Nearly all; but a template may open the model's turn in another way than it writes down its history.
+        """
+        later = self.model.ids([*messages, {"role": "assistant", "content": "."}], **template)
+        pairs = enumerate(zip(ids, later, strict=False))
+        return next((i for i, (now, then) in pairs if now != then), min(len(ids), len(later)))
+
     def _rewind(self, ids: list[int], options: dict[str, Any]) -> PrefixCache:
-        """The cache, back at the end of the last prompt if `ids` goes on from there, else a new one."""
-        known = len(self._prompt)
-        if self._cache is not None and self._snapshot is not None and known < len(ids) and ids[:known] == self._prompt:
+        """The cache, back where the last prompt and this one part, or a new one if that is not known."""
+        known = len(self._known)
+        if self._cache is not None and self._snapshot is not None and known < len(ids) and ids[:known] == self._known:
             self._cache.restore(self._snapshot)
         else:
             self._cache = self.model.network.make_cache(canvas_length=options.get("canvas_length"))
-            self._snapshot = None
+            self._known, self._snapshot = [], None
         return self._cache
 
 
@@ -260,19 +271,20 @@ class _Answer:
         self.open_channel = tokenizer is not None and tokenizer.opens_channel(prompt)
         self.tokens: list[int] = []
         self.canvases: list[CanvasRow] = []
-        self.shown = ""
+        self.shown = ("", "")
 
-    def add(self, row: CanvasRow) -> str:
-        """Take in a canvas; returns the text that became visible. Half a UTF-8 character waits for its rest."""
+    def add(self, row: CanvasRow) -> tuple[str, str]:
+        """Take in a canvas; returns the text and the thoughts that became visible. Half a UTF-8 character waits for
+        its rest."""
         if row.steps:
             self.canvases.append(row)
         self.tokens += row.ids
         if self.tokenizer is None:
-            return ""
-        text = self.tokenizer.split(self.tokens, open_channel=self.open_channel).text
-        text = text if row.reason else text.rstrip("\ufffd")
-        new, self.shown = text[len(self.shown) :], text
-        return new
+            return "", ""
+        parts = self.tokenizer.split(self.tokens, open_channel=self.open_channel)
+        text, thinking = (t if row.reason else t.rstrip("\ufffd") for t in (parts.text, parts.thinking or ""))
+        shown, self.shown = self.shown, (text, thinking)
+        return text[len(shown[0]) :], thinking[len(shown[1]) :]
 
     def result(self, reason: str, statistics: Statistics, seed: int | None) -> Result:
         text, thinking, calls = "", None, []

@@ -84,6 +84,7 @@ class Parts:
 CHANNEL, END_CHANNEL = "<|channel>", "<channel|>"
 TOOL_CALL, END_TOOL_CALL = "<|tool_call>", "<tool_call|>"
 QUOTE = '<|"|>'
+OPEN = "open"  # a channel that the prompt opened
 
 
 class Tokenizer:
@@ -179,12 +180,14 @@ class Tokenizer:
 
     def split(self, ids: list[int] | tuple[int, ...], *, open_channel: bool = False) -> Parts:
         """Take an answer apart: `<|channel>thought … <channel|>` is thinking, `<|tool_call>…` a tool call, the
-        rest text. `open_channel`: the prompt ended inside a channel."""
+        rest text. `open_channel`: the prompt ended inside a thought, whose header it has written already."""
         texts: list[str] = []
         thoughts: list[str] = []
         calls: list[dict[str, Any]] = []
         for kind, part in self._spans(list(ids), open_channel):
-            if kind == CHANNEL:
+            if kind == OPEN:
+                thoughts.append(self.decode(part))
+            elif kind == CHANNEL:
                 header, newline, body = self.decode(part).partition("\n")
                 is_thought = header.strip() in ("thought", "") or not newline
                 (thoughts if is_thought else texts).append(body)
@@ -207,10 +210,10 @@ class Tokenizer:
         return self.vocabulary.decode([i for i in ids if i == keep or i not in self.special_ids])
 
     def _spans(self, ids: list[int], open_channel: bool) -> list[tuple[str, list[int]]]:
-        """Cut ids at the markers: (CHANNEL, TOOL_CALL or "", ids between)."""
+        """Cut ids at the markers: (OPEN, CHANNEL, TOOL_CALL or "", ids between)."""
         opening = {self.id_of(CHANNEL): CHANNEL, self.id_of(TOOL_CALL): TOOL_CALL}
         closing = {self.id_of(END_CHANNEL), self.id_of(END_TOOL_CALL)}
-        spans: list[tuple[str, list[int]]] = [(CHANNEL if open_channel else "", [])]
+        spans: list[tuple[str, list[int]]] = [(OPEN if open_channel else "", [])]
         for i in ids:
             if i is not None and i in opening:
                 spans.append((opening[i], []))

@@ -10,17 +10,18 @@ from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.recordings import small_network
 from mlx_diffgemma.tokenizer import Tokenizer
 
-MARKERS = (
-    ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|channel>", "<channel|>"]
-    + ["<|tool_call>", "<tool_call|>", '<|"|>', "<|think|>"]
-)  # fmt: skip
+MARKERS = """
+    <pad> <eos> <bos> <unk> <|turn> <turn|> <|channel> <channel|> <|tool_call> <tool_call|> <|"|> <|think|>
+""".split()
 EOS, BOS, TURN_END, CHANNEL, END_CHANNEL = 1, 2, 5, 6, 7
 FIRST_BYTE = len(MARKERS)  # the id of byte 0
-VOCABULARY = FIRST_BYTE + 256
+FIRST_LETTER = FIRST_BYTE + 256
+LETTERS = [chr(code) for code in range(32, 127)]
+VOCABULARY = FIRST_LETTER + len(LETTERS)
 CANVAS = 16
 TEMPLATE = (
-    "<bos>{% for m in messages %}<|turn>{{ m.role }}\n{{ m.content }}<turn|>\n{% endfor %}"
-    "<|turn>model\n{% if enable_thinking %}<|channel>thought\n{% endif %}"
+    "<bos>{% for m in messages %}<|turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content }}<turn|>\n{% endfor %}<|turn>model\n{% if enable_thinking %}<|channel>thought\n{% endif %}"
 )
 CONFIG: dict[str, Any] = {
     "model_type": "diffusion_gemma",
@@ -52,9 +53,10 @@ def network(*, seed: int = 0, branches: float = 0.1, sharpness: float = 10.0) ->
 
 
 def write_tokenizer(folder: Path) -> None:
-    """tokenizer.json, tokenizer_config.json and chat_template.jinja: one token per byte."""
+    """tokenizer.json, tokenizer_config.json and chat_template.jinja: one token per ASCII letter, and one per byte."""
     byte_pieces = {f"<0x{byte:02X}>": FIRST_BYTE + byte for byte in range(256)}
     vocabulary = {token: i for i, token in enumerate(MARKERS)} | byte_pieces
+    vocabulary |= {letter: FIRST_LETTER + i for i, letter in enumerate(LETTERS)}
     special = [
         {"id": i, "content": token, "special": True, "normalized": False}
         | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)

@@ -1,5 +1,6 @@
 """The generation loop: what it emits, when it stops, and what every edge of it means."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -140,7 +141,7 @@ def test_the_next_canvas_keeps_what_was_accepted_and_renoises_the_rest(network: 
 def test_a_settled_row_keeps_everything_while_others_go_on(network: Network) -> None:
     events = [e for e in run(network, *[[2, 50 + i] for i in range(4)], seeds=(1, 2, 3, 4)) if isinstance(e, Denoised)]
     frozen = 0
-    for before, after in zip(events, events[1:], strict=False):
+    for before, after in itertools.pairwise(events):
         for row in range(4):
             if before.canvas == after.canvas and before.settled[row]:
                 frozen += 1

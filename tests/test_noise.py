@@ -46,7 +46,7 @@ def test_ids_are_uniform_over_the_whole_vocabulary() -> None:
 
 def test_draws_are_uniform() -> None:
     draws = np.array(noise(1, length=40_000).draws(0, 0))[0]
-    assert 0 <= draws.min() and draws.max() < 1
+    assert draws.min() >= 0 and draws.max() < 1
     counts, _ = np.histogram(draws, bins=20, range=(0, 1))
     assert ((counts - 2000) ** 2 / 2000).sum() < 43.8
 
