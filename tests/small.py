@@ -10,9 +10,8 @@ from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.recordings import small_network
 from mlx_diffgemma.tokenizer import Tokenizer
 
-MARKERS = """
-    <pad> <eos> <bos> <unk> <|turn> <turn|> <|channel> <channel|> <|tool_call> <tool_call|> <|"|> <|think|>
-""".split()
+MARKERS = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|channel>", "<channel|>"]
+MARKERS += ["<|tool_call>", "<tool_call|>", '<|"|>', "<|think|>"]
 EOS, BOS, TURN_END, CHANNEL, END_CHANNEL = 1, 2, 5, 6, 7
 FIRST_BYTE = len(MARKERS)  # the id of byte 0
 FIRST_LETTER = FIRST_BYTE + 256

@@ -82,9 +82,9 @@ def test_half_a_character_waits_for_its_rest(model: DiffusionGemma) -> None:
 
     ids = model.tokenizer.encode("aé")
     answer = _Answer(model.tokenizer, [2])
-    assert answer.add(row(ids[:2])) == "a"
-    assert answer.add(row(ids[2:])) == "é"
-    assert answer.add(row([*model.tokenizer.encode("b"), small.FIRST_BYTE + 0xC3], reason="length")) == "b\ufffd"
+    assert answer.add(row(ids[:2])) == ("a", "")
+    assert answer.add(row(ids[2:])) == ("é", "")
+    assert answer.add(row([*model.tokenizer.encode("b"), small.FIRST_BYTE + 0xC3], reason="length")) == ("b\ufffd", "")
 
 
 def test_chat_prefills_only_what_is_new_and_changes_nothing(model: DiffusionGemma) -> None:
