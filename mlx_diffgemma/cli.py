@@ -7,13 +7,18 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import __version__
 from .errors import DiffGemmaError
 
+if TYPE_CHECKING:
+    from .pipeline import DiffusionGemma
+
+BUILT_IN = Path(__file__).parent / "demo"
 COMMANDS = {
     "generate": "Write a reply to a prompt, and watch the canvas settle.",
     "chat": "Talk with the model.",
@@ -98,6 +103,22 @@ def model_options(function: Callable[..., None]) -> Callable[..., None]:
     return click.option(
         "--model", metavar="PATH|REPO", help="A folder or Hub repository.  [default: the small built-in model]"
     )(function)
+
+
+def open_model(model: str | None, adapter: str | None = None, *, quiet: bool = False) -> "DiffusionGemma":
+    """Load `--model`, or the built-in one with a line that says how to get the real one."""
+    from rich.console import Console
+
+    from .pipeline import load
+
+    stderr = Console(stderr=True, quiet=quiet)
+    if model is None:
+        stderr.print(
+            "The small built-in model. The real one: mlx_diffgemma.convert, then --model PATH (README: The real model)",
+            style="dim",
+        )
+    with stderr.status(f"Loading {model or 'the built-in model'}"):
+        return load(model or BUILT_IN, adapter=adapter)
 
 
 _POSITIVE, _NUMBER = click.IntRange(1), click.FloatRange(0)

@@ -1,0 +1,130 @@
+"""`mlx_diffgemma.chat`: a conversation on the live canvas."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .cli import command, generation_options, model_options, open_model
+from .errors import DiffGemmaError
+from .generate import on_terminal, summary
+
+if TYPE_CHECKING:
+    from .pipeline import DiffusionGemma, Result
+
+
+@command("chat")
+@model_options
+@click.option("--system-prompt", metavar="TEXT", help="Goes before the conversation.")
+@click.option("--thinking/--no-thinking", default=None, help="Ask the chat template for thinking, or for none.")
+@click.option("--show-thinking", is_flag=True, help="Print the thoughts before each answer.")
+@generation_options
+def main(
+    model: str | None,
+    adapter: str | None,
+    system_prompt: str | None,
+    thinking: bool | None,
+    show_thinking: bool,
+    options: dict[str, Any],
+) -> None:
+    """Talk with the model. /help lists what else can be typed; Ctrl-C stops an answer, Ctrl-D ends the talk."""
+    loaded = open_model(model, adapter)
+    options |= {"enable_thinking": thinking} if thinking is not None else {}
+    talk = Talk(loaded, system_prompt, options, show_thinking=show_thinking)
+    ask = _line_editor()
+    while (line := ask()) is not None:
+        try:
+            if line.startswith("/"):
+                talk.obey(line)
+            elif line.strip():
+                talk.answer(line)
+        except (DiffGemmaError, OSError) as error:
+            click.echo(f"Error: {error}", err=True)
+        except EOFError:
+            break
+
+
+class Talk:
+    """The conversation, and the commands that start with a slash. Each one's docstring is its help."""
+
+    def __init__(self, model: "DiffusionGemma", system: str | None, options: dict[str, Any], *, show_thinking: bool):
+        self.model, self.show_thinking = model, show_thinking
+        self.chat = model.chat(system, **options)
+        self.last: Result | None = None
+
+    def answer(self, text: str) -> None:
+        from . import render
+
+        events = self.chat.stream(text)
+        try:
+            shown = render.with_thinking(events) if self.show_thinking else events
+            self.last = render.show(shown, on_terminal(self.model)).result
+        except KeyboardInterrupt:
+            click.echo("(stopped: this turn is forgotten)", err=True)
+
+    def obey(self, line: str) -> None:
+        name, _, argument = line[1:].partition(" ")
+        action = self.commands().get(name)
+        if action is None:
+            raise DiffGemmaError(f"there is no command /{name}; /help lists them.")
+        action(argument.strip())
+
+    def commands(self) -> dict[str, Callable[[str], None]]:
+        return {"help": self.help, "reset": self.reset, "save": self.save, "seed": self.seed, "stats": self.stats} | {
+            "exit": self.exit
+        }
+
+    def help(self, _: str) -> None:
+        """list these commands"""
+        for name, action in self.commands().items():
+            click.echo(f"/{name:6} {action.__doc__}")
+
+    def reset(self, _: str) -> None:
+        """forget the conversation, but not the system prompt"""
+        self.chat.reset()
+
+    def save(self, file: str) -> None:
+        """FILE.json: write the conversation, as generate --messages reads it"""
+        if not file:
+            raise DiffGemmaError("/save needs the name of a file.")
+        Path(file).expanduser().write_text(json.dumps(self.chat.messages, ensure_ascii=False, indent=1) + "\n")
+
+    def seed(self, number: str) -> None:
+        """N: use this seed from the next turn on; without N a new one each turn"""
+        if number and not number.isdecimal():
+            raise DiffGemmaError(f"/seed {number}: expected a whole number, or nothing.")
+        self.chat.options["seed"] = int(number) if number else None
+
+    def stats(self, _: str) -> None:
+        """what the last answer cost"""
+        click.echo(summary(self.last) if self.last else "nothing was said yet")
+
+    def exit(self, _: str) -> None:
+        """end the talk, as Ctrl-D does"""
+        raise EOFError
+
+
+def _line_editor() -> Callable[[], str | None]:
+    """Reads a line, with editing and history on a terminal; None at the end of the input."""
+    prompt = ""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  input() edits lines once this is imported
+
+        prompt = "› "
+
+    def ask() -> str | None:
+        try:
+            return input(prompt)
+        except EOFError:
+            if prompt:
+                click.echo()
+            return None
+
+    return ask
+
+
+if __name__ == "__main__":
+    main()
