@@ -1,6 +1,9 @@
 """Text in, text out: joins tokenizer, engine and network."""
 
+import bisect
 import dataclasses
+import math
+import os
 import secrets
 import threading
 from collections.abc import Iterator
@@ -9,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
-from . import checkpoint, engine
+from . import checkpoint, engine, quantize
 from .cache import PrefixCache, Snapshot
 from .config import GenerationConfig, ModelConfig
 from .engine import CanvasRow, Committed, Event, Finished, Prefilled, Statistics
-from .errors import BusyError, NoiseError, PromptError, TokenizerError
+from .errors import BusyError, MemoryLimitError, NoiseError, PromptError, TokenizerError
 from .network import Network
 from .noise import Noise, RecordedNoise, SeededNoise
 from .tokenizer import Message, Tokenizer
@@ -46,6 +50,7 @@ def load(
     `adapter` is a folder written by `mlx_diffgemma.train`. Errors: CheckpointError, ConfigError.
     """
     folder = checkpoint.resolve(path_or_repo, revision=revision)
+    _check_memory(checkpoint.read_config(folder), sum(file.stat().st_size for file in folder.glob("*.safetensors")))
     network = checkpoint.load_network(folder)
     if adapter is not None:
         from . import adapters
@@ -179,6 +184,8 @@ class DiffusionGemma:
                 f"{noise.name} is for {noise.batch_size} prompts and canvases of {noise.length};"
                 f" this run has {len(prompts)} and {length}."
             )
+        weights = sum(array.nbytes for array in dict(tree_flatten(self.network.parameters())).values())
+        _check_memory(self.config, weights, max(map(len, prompts)) + settings.max_tokens, rows=len(prompts))
         if not self._lock.acquire(blocking=False):
             raise BusyError(
                 "this model is generating already; a model serves one thread at a time.\n"
@@ -197,6 +204,38 @@ class DiffusionGemma:
         finally:
             self._lock.release()
             mx.clear_cache()
+
+
+def memory_limit() -> int:
+    """Bytes this process may use: what Metal lends it, else the memory of the GPU or of the machine."""
+    info = mx.device_info()
+    lent = info.get("max_recommended_working_set_size") or info.get("total_memory")
+    return int(lent or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _check_memory(config: ModelConfig, weights: int, prefix: int = 0, *, rows: int = 1) -> None:
+    """Errors: MemoryLimitError when the weights, or they and the context, cannot fit; says what would."""
+    limit = memory_limit()
+
+    def needed(prefix: int) -> int:
+        whole = quantize.memory_needed(config, weights, prefix)
+        return whole + (rows - 1) * (whole - quantize.memory_needed(config, weights, 0))
+
+    if needed(0) > limit:
+        parameters = sum(math.prod(shape) for shape in checkpoint.expected_tensors(config).values())
+        bits = 8 * max(limit - needed(0) + weights, 0) / parameters
+        fits = f"A pack of at most {bits:.1f} bits a weight would fit" if bits > 2 else "No recipe is small enough"
+        hint = ", or raise the limit: sudo sysctl iogpu.wired_limit_mb=…" if mx.metal.is_available() else "."
+        raise MemoryLimitError(
+            f"this model needs {needed(0) / 1e9:.1f} GB and this machine lets it use {limit / 1e9:.1f} GB.\n"
+            f"{fits}: see mlx_diffgemma.convert --dry-run{hint}"
+        )
+    if needed(prefix) > limit:
+        fits = bisect.bisect_right(range(prefix), limit, key=needed) - 1
+        raise MemoryLimitError(
+            f"the model and a context of {prefix} tokens need {needed(prefix) / 1e9:.1f} GB; this machine lets it use"
+            f" {limit / 1e9:.1f} GB.\nUp to {fits} tokens of prompt and reply would fit."
+        )
 
 
 class Chat:

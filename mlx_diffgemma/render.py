@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
 
 from rich.cells import cell_len, split_graphemes
 from rich.console import Console
 
 from .engine import Committed, Denoised, Event, Finished, Prefilled
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 Glyph = tuple[str, int]  # what the eye takes for one character, and how many cells it fills
 Cell = tuple[str, int, str]  # the same with its style
@@ -108,15 +111,20 @@ def event_json(event: Event, decode: Decode) -> dict[str, Any]:
     """An event of one prompt as plain data. `accepted` and `entropy` have one entry a position (nats)."""
     kind = {"event": type(event).__name__.lower()}
     if isinstance(event, Denoised):
-        best = event.best[0].tolist()
+        best = _row(event.best)
         counted = {"canvas": event.canvas, "step": event.step, "steps": event.steps, "temperature": event.temperature}
-        arrays = {"accepted": event.accepted[0].tolist(), "entropy": event.entropy[0].tolist()}
+        arrays = {"accepted": _row(event.accepted), "entropy": _row(event.entropy)}
         return kind | counted | {"settled": event.settled[0], "text": decode(best), "best": best} | arrays
     if isinstance(event, Committed):
         return kind | {"canvas": event.canvas, "text": event.text} | asdict(event.rows[0])
     if isinstance(event, Finished):
         return kind | {"reason": event.reasons[0], "statistics": asdict(event.statistics)}
     return kind | asdict(event)
+
+
+def _row(array: "mx.array") -> list[Any]:
+    """The only prompt's row [L] of an array [1, L]."""
+    return cast(list[Any], array[0].tolist())
 
 
 # --- The live canvas: a painter turns ids into cells, a screen keeps them where they are. ---
@@ -158,9 +166,7 @@ class Live:
         self.screen.close()
 
     def _draw(self, event: Denoised, seconds: float) -> None:
-        best, current, accepted, entropy = (
-            array[0].tolist() for array in (event.best, event.current, event.accepted, event.entropy)
-        )
+        best, current, accepted, entropy = map(_row, (event.best, event.current, event.accepted, event.entropy))
         begun = time.perf_counter()  # the arrays are here: what follows is the cost of drawing
         columns, rows = self.screen.size
         lines = wrap(self.painter.cells(best, current, accepted, entropy), columns)

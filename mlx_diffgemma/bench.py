@@ -1,0 +1,193 @@
+"""`mlx_diffgemma.bench`: the same prompts on every machine, one JSON file, and a table to compare two of them."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+from .cli import command, model_options, open_model
+from .errors import ConfigError, PromptError
+from .generate import statistics_json
+
+if TYPE_CHECKING:
+    from .pipeline import DiffusionGemma
+
+PASSAGE = (
+    "A lighthouse keeper writes down the weather four times a day: the wind, the state of the sea, the height of the"
+    " clouds and how far away the next headland can be seen. "
+)
+# name → (prompt, tokens wanted at most). The lengths are part of the benchmark: do not change them, add new ones.
+PROMPTS = {
+    "fact": ("What is the capital of France? Answer in one sentence.", 64),
+    "prose": ("Write a short story about a lighthouse keeper who finds a message in a bottle.", 1024),
+    "code": ("Write a Python function that merges two sorted lists, with a docstring and three tests.", 512),
+    "long": (PASSAGE * 90 + "\n\nWhat does the keeper write down, and how often? Answer in one sentence.", 64),
+}
+SEED = 1234
+FIGURES = {  # key → what it is called in a table
+    "seconds_to_first_canvas": "first canvas, s",
+    "prefill_tokens_per_second": "prefill, tokens/s",
+    "steps_per_canvas": "steps a canvas",
+    "seconds_per_step": "a step, s",
+    "tokens_per_second": "tokens/s",
+    "peak_memory_bytes": "peak, GB",
+}
+
+
+@command("bench")
+@model_options
+@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs of each prompt.")
+@click.option("--only", type=click.Choice(list(PROMPTS)), multiple=True, help="Run this prompt; may be repeated.")
+@click.option("--output", metavar="FILE", default="bench.json", show_default=True, help="Where the figures go.")
+@click.option("--compare", nargs=2, metavar="A.json B.json", help="Measure nothing: print two files side by side.")
+def main(
+    model: str | None,
+    adapter: str | None,
+    repeat: int,
+    only: tuple[str, ...],
+    output: str,
+    compare: tuple[str, str] | None,
+) -> None:
+    """Measure generation on this machine, by the reference algorithm and fixed seeds; medians of the runs."""
+    if compare:
+        _table(*(_read(file) for file in compare), names=compare)
+        return
+    target = Path(output)
+    if not target.absolute().parent.is_dir():
+        raise ConfigError(f"cannot write {output}: there is no folder {target.parent}.")
+    begun = time.perf_counter()
+    loaded = open_model(model, adapter)
+    about = machine() | describe(loaded, model) | {"load_seconds": time.perf_counter() - begun}
+    found: dict[str, Any] = {}
+    for name in only or PROMPTS:
+        try:
+            found[name] = measure(loaded, *PROMPTS[name], repeat)
+        except PromptError as error:  # a prompt longer than a small model's context
+            found[name] = {"left_out": str(error)}
+    report = about | {"prompts": found}
+    target.write_text(json.dumps(report, indent=1) + "\n")
+    _table(report)
+    click.echo(f"Written to {output}. To compare: mlx_diffgemma.bench --compare {output} OTHER.json")
+
+
+def measure(model: "DiffusionGemma", prompt: str, tokens: int, repeat: int) -> dict[str, Any]:
+    """Medians over `repeat` runs, after one that is not counted; the figures of every run are kept beside them."""
+    runs = [_run(model, prompt, tokens, SEED + i) for i in range(-1, repeat)][1:]
+    return {key: statistics.median(run[key] for run in runs) for key in FIGURES} | {"runs": runs}
+
+
+def _run(model: "DiffusionGemma", prompt: str, tokens: int, seed: int) -> dict[str, Any]:
+    from .engine import Committed, Finished
+
+    begun, first, result = time.perf_counter(), 0.0, None
+    for event in model.stream(prompt, seed=seed, max_tokens=tokens):
+        if isinstance(event, Committed):
+            first = first or time.perf_counter() - begun
+        elif isinstance(event, Finished):
+            result = event.result
+    assert result is not None  # the last event is Finished
+    told = statistics_json(result.stats)
+    return told | {
+        "seed": seed,
+        "seconds": time.perf_counter() - begun,
+        "seconds_to_first_canvas": first,
+        "prefill_tokens_per_second": told["prompt_tokens"] / max(told["prefill_seconds"], 1e-9),
+        "steps_per_canvas": statistics.mean(canvas.steps for canvas in result.canvases),
+        "canvases": [{"steps": canvas.steps, "settled": canvas.settled} for canvas in result.canvases],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Chip, memory, system and versions."""
+    from importlib.metadata import version
+
+    import mlx.core as mx
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "chip": _chip(),
+        "memory_bytes": memory,
+        "cores": os.cpu_count(),
+        "system": f"macOS {platform.mac_ver()[0]}" if platform.system() == "Darwin" else platform.platform(terse=True),
+        "python": platform.python_version(),
+        "mlx": version("mlx"),
+        "device": str(mx.default_device()),
+        "preload": os.environ.get("LD_PRELOAD"),
+        "mlx_diffgemma": __version__,
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _chip() -> str:
+    if platform.system() == "Darwin":
+        return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def describe(model: "DiffusionGemma", name: str | None) -> dict[str, Any]:
+    """Which weights: name, recipe (the default packing, if packed), parameters and their bytes."""
+    from mlx.utils import tree_flatten
+
+    arrays = list(dict(tree_flatten(model.network.parameters())).values())
+    packing = model.config.quantization or {}
+    recipe = {key: packing[key] for key in ("bits", "group_size", "mode") if key in packing}
+    return {
+        "model": Path(name).name if name else "built-in",
+        "recipe": recipe or str(arrays[0].dtype).removeprefix("mlx.core."),
+        "weight_bytes": sum(array.nbytes for array in arrays),
+        "canvas_length": model.config.canvas_length,
+    }
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        found = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}.") from None
+    if not isinstance(found, dict) or "prompts" not in found:
+        raise ConfigError(f"{file} was not written by mlx_diffgemma.bench: it has no 'prompts'.")
+    return found
+
+
+def _table(*reports: dict[str, Any], names: tuple[str, ...] = ("",)) -> None:
+    """One row a prompt and figure, one column a report, and with two reports the second divided by the first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("prompt", "figure")
+    for report, name in zip(reports, names, strict=True):
+        table.add_column(f"{name}\n{report['chip']}\n{report['model']} {report['recipe']}".strip(), justify="right")
+    if len(reports) == 2:
+        table.add_column("B / A", justify="right")
+    for row in _rows(reports):
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _rows(reports: tuple[dict[str, Any], ...]) -> Iterator[list[str]]:
+    for name in reports[0]["prompts"]:
+        runs = [report["prompts"].get(name, {}) for report in reports]
+        if all("left_out" in run for run in runs):
+            yield [name, "left out: too long"]
+            continue
+        for key, title in FIGURES.items():
+            values = [run.get(key) for run in runs]
+            scale = 1e-9 if key.endswith("_bytes") else 1
+            cells = ["–" if value is None else f"{value * scale:.3g}" for value in values]
+            if len(values) == 2:
+                cells.append("–" if None in values or not values[0] else f"{values[1] / values[0]:.2f}")
+            yield [name if key == next(iter(FIGURES)) else "", title, *cells]
+
+
+if __name__ == "__main__":
+    main()
