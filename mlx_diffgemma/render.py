@@ -155,7 +155,8 @@ class Live:
             self.painter.forget()
             self.screen.commit(event.text)
         elif isinstance(event, Prefilled) and now >= self.due:
-            self.screen.draw([[(f"reading the prompt {event.tokens}/{event.total}", "status")]])
+            told = f"reading the prompt {event.tokens}/{event.total}"
+            self.screen.draw([[(told[: self.screen.size[0] - 3], "status")]])
             self.due = now + 1 / FRAMES_PER_SECOND
         elif isinstance(event, Denoised):
             self.started = self.started or now
@@ -172,7 +173,7 @@ class Live:
         lines = wrap(self.painter.cells(best, current, accepted, entropy), columns)
         if len(lines) > rows - 2:
             hidden = len(lines) - (rows - 3)
-            lines = [[(f"… {hidden} more lines", "status")], *lines[hidden:]]
+            lines = [[(f"… {hidden} more lines"[:columns], "status")], *lines[hidden:]]
         lines.append([(self._status(event, seconds, columns - 3), "status")])
         self.screen.draw(lines)
         self.cost = min(time.perf_counter() - begun, 2 * self.cost)  # a hiccup is not the rule
@@ -272,10 +273,11 @@ def wrap(cells: Iterable[Cell], columns: int) -> list[Line]:
                 lines.append([])
                 used = cut = 0
                 continue
-            line = lines[-1]
-            cut = cut or len(line)
-            lines[-1:] = [line[:cut], line[cut:]]
-            used, cut = sum(entry[1] for entry in lines[-1]), 0
+            rest = lines[-1][cut:] if cut else []
+            if sum(entry[1] for entry in rest) + size > columns:
+                rest = []
+            lines[-1:] = [lines[-1][: len(lines[-1]) - len(rest)], rest]
+            used, cut = sum(entry[1] for entry in rest), 0
         lines[-1].append(cell)
         used += size
         if text == " " or size > 1:
@@ -312,7 +314,9 @@ class Terminal:
 
     def draw(self, lines: list[Line]) -> None:
         text = ("\n" if self.tail else "") + "\n".join(ansi(line, self.color) for line in lines)
-        erased, self.drawn = self._erased(), [sum(cell_len(text) for text, _ in line) for line in lines]
+        columns = self.size[0]
+        erased = self._erased()
+        self.drawn = [min(sum(cell_len(text) for text, _ in line), columns) for line in lines]
         # As one picture, without the cursor, and without wrapping: terminals differ about the width of some emoji.
         self._write(f"\x1b[?2026h\x1b[?25l{erased}\x1b[?7l{text}\x1b[?7h\x1b[?2026l")
 
@@ -333,9 +337,9 @@ class Terminal:
         columns = self.size[0]
         rows = sum(max(1, -(-cells // columns)) for cells in self.drawn)
         codes = "\r\x1b[K" + "\x1b[A\x1b[K" * (rows - 1)  # row by row: tmux keeps what is cleared from its top corner
-        at = _column(self.tail, columns)
-        if 0 < at < columns:  # a full row needs no return: writing goes on under it
-            codes += f"\x1b[A\x1b[{at}C"
+        if self.tail:  # back to its end; its last glyph is written anew, for only writing fills a row to the brim
+            at, last = _end(self.tail, columns)
+            codes += "\x1b[A" + (f"\x1b[{at}C" if at else "") + last
         return codes
 
     def _write(self, text: str) -> None:
@@ -343,12 +347,14 @@ class Terminal:
         self.console.file.flush()
 
 
-def _column(text: str, columns: int) -> int:
-    """Where the cursor stands after `text` in a terminal that wraps at `columns`."""
-    at = 0
-    for _, size in glyphs(text):
-        at = at + size if at + size <= columns else size
-    return at
+@lru_cache(maxsize=2)
+def _end(text: str, columns: int) -> tuple[int, str]:
+    """The column of the last glyph of `text`, in a terminal that wraps at `columns`, and that glyph."""
+    at, last, width = 0, "", 0
+    for glyph, size in glyphs(text):
+        at = at + width if at + width + size <= columns else 0
+        last, width = glyph, size
+    return at, last
 
 
 # --- Recordings: the same frames in a file. ---
@@ -363,19 +369,20 @@ class Recording:
             raise ConfigError(f"cannot record to {path}: expected a name ending in .svg, .html or .cast.")
         if not self.path.absolute().parent.is_dir():
             raise ConfigError(f"cannot record to {path}: there is no folder {self.path.parent}.")
-        self.text, self.frames, self.begun = "", list[tuple[float, list[Line]]](), 0.0
+        self.text, self.kept, self.begun = "", list[Line](), 0.0
+        self.frames: list[tuple[float, list[Line]]] = []
 
     @property
     def size(self) -> tuple[int, int]:
         return self.columns, 40
 
     def draw(self, lines: list[Line]) -> None:
-        kept = wrap(((text, size, "") for text, size in glyphs(self.text)), self.columns) if self.text else []
         self.begun = self.begun or time.perf_counter()
-        self.frames.append((time.perf_counter() - self.begun, kept + lines))
+        self.frames.append((time.perf_counter() - self.begun, self.kept + lines))
 
     def commit(self, text: str) -> None:
         self.text += text
+        self.kept = wrap(((glyph, size, "") for glyph, size in glyphs(self.text)), self.columns)
         self.draw([])
 
     def close(self) -> None:

@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.network import Network
 from mlx_diffgemma.pipeline import DiffusionGemma
@@ -88,3 +91,19 @@ def model(folder: Path, **weights: Any) -> DiffusionGemma:
     write_tokenizer(folder)
     settings = GenerationConfig(max_tokens=40, max_denoising_steps=12, stop_ids=(EOS, TURN_END))
     return DiffusionGemma(network(**weights), Tokenizer.load(folder), settings, folder=folder)
+
+
+def write_checkpoint(folder: Path) -> Path:
+    """`model` as a checkpoint folder in the released layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder)
+    experts = {f".experts.{name}.weight": f".experts.{name}" for name in ("gate_up_proj", "down_proj")}
+    weights = {}
+    for name, weight in dict(tree_flatten(network().parameters())).items():
+        ending = next((e for e in experts if name.endswith(e)), "")
+        weights["model." + name.removesuffix(ending) + experts.get(ending, "")] = weight
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
+    generation = {"max_denoising_steps": 12, "max_new_tokens": 40, "eos_token_id": [EOS, TURN_END]}
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
