@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -90,7 +91,8 @@ def finish(document: dict[str, Any], out: Path | None = None) -> None:
 
 
 def _is_number(cell: str) -> bool:
-    return not cell or cell.lstrip("+−-≈~<>≤≥")[:1].isdigit()
+    """A figure, perhaps with a unit; "–" and nothing are figures too."""
+    return re.fullmatch(r"–?|[-+−≈<>≤≥]?[\d.,]+ ?[\w%/]{0,6}", cell) is not None
 
 
 def _version(package: str) -> str | None:

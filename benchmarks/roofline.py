@@ -1,0 +1,450 @@
+"""The least a step can cost: arithmetic and bytes from a config and a recipe, time from a chip's compute and bandwidth.
+
+    python -m benchmarks.roofline                           all tables, for the released model in q4
+    python -m benchmarks.roofline --recipe q8 --prefix 32768
+    python -m benchmarks.roofline --tflops 989 --bandwidth 4800      another machine than a Mac
+    python -m benchmarks.roofline --readme README.md        put the table of Macs between the markers of README.md
+
+The bound of a part is the larger of arithmetic ÷ peak and bytes ÷ bandwidth, the bound of a step their sum: each part
+needs the result of the one before it. It is a bound, not a forecast. What published programs reach of it, the
+*efficiency*, is fitted on one measurement per class of GPU and checked on all others (macs.toml); forecasts that use
+it say so. Nothing here was measured by this project.
+"""
+
+import argparse
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+from mlx_diffgemma import checkpoint, quantize
+from mlx_diffgemma.checkpoint import read_json
+from mlx_diffgemma.config import LayerConfig, ModelConfig
+from mlx_diffgemma.convert import load_recipe, recipe_names
+
+RELEASED = common.ROOT / "tests" / "data" / "released" / "config.json"
+MACS = Path(__file__).with_name("macs.toml")
+BEGIN, END = "<!-- roofline:begin -->", "<!-- roofline:end -->"
+ITEM = 2  # bytes of a key, a value, an activation
+CHUNK = 2048  # prompt tokens read at a time
+BY_QUALITY = ("q8", "q6", "q4")  # more bits settle in fewer steps; bf16 was never found better than q8
+TABLE_PREFIX = 32_768  # what the table of Macs leaves room for
+PROMISED, PROMISED_STEP = 18_000_000_000, 300_000_000  # the launch's 18 GB; bytes beside weights and prefix
+
+
+# ---------------------------------------------------------------------------------------------- arithmetic and bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Products of one kind: floating-point operations, and bytes that must come from memory at least once."""
+
+    name: str
+    flops: float
+    nbytes: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A config and a recipe: parameters and stored bytes per component, without vision."""
+
+    config: ModelConfig
+    recipe: str
+    sizes: dict[str, quantize.Size]
+
+    @classmethod
+    def of(cls, config: ModelConfig, recipe: str) -> "Model":
+        """What the converter would make of the config with a recipe of this name (or TOML file)."""
+        chosen = load_recipe(recipe)
+        sizes = quantize.sizes(chosen, quantize.plan(chosen, checkpoint.sources(config)))
+        return cls(config=config, recipe=recipe, sizes={k: size for k, size in sizes.items() if k != "vision"})
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(size.nbytes for size in self.sizes.values())
+
+
+def step(model: Model, *, canvas: int | None = None, prefix: int = 0) -> list[Part]:
+    """One denoising step over `canvas` positions (default: the model's) behind `prefix` tokens."""
+    rows = canvas or model.config.canvas_length
+    table = model.sizes["embedding"]
+    product = {"flops": 2.0 * rows * table.parameters, "nbytes": float(table.nbytes)}
+    return [
+        *_layers(model, rows, prefix, causal=False),
+        _dense("self-conditioning", model.sizes["self-conditioning"], rows),
+        Part(name="head", **product),
+        Part(name="signal", **product),
+    ]
+
+
+def encode(model: Model, tokens: int, prefix: int = 0) -> list[Part]:
+    """The causal pass over `tokens` behind `prefix`: a commit, or a piece of a prompt."""
+    return _layers(model, tokens, prefix, causal=True)
+
+
+def _layers(model: Model, rows: int, prefix: int, *, causal: bool) -> list[Part]:
+    config, experts = model.config, model.sizes["experts"]
+    chosen = config.top_k_experts / config.num_experts
+    touched = 1 - (1 - chosen) ** rows  # share of the experts that some row picks, if all are picked alike
+    return [
+        Part(name="experts", flops=2 * rows * experts.parameters * chosen, nbytes=experts.nbytes * touched),
+        _dense("attention projections", model.sizes["attention"], rows),
+        _attention(config, rows, prefix, causal=causal),
+        _dense("dense MLP", model.sizes["dense MLP"], rows),
+        _dense("router", model.sizes["router"], rows),
+    ]
+
+
+def _dense(name: str, size: quantize.Size, rows: int) -> Part:
+    return Part(name=name, flops=2.0 * rows * size.parameters, nbytes=float(size.nbytes))
+
+
+def _attention(config: ModelConfig, rows: int, prefix: int, *, causal: bool) -> Part:
+    """Scores and their product with the values; keys and values are read once and the new ones written."""
+    flops, nbytes = 0.0, 0.0
+    for layer in config.layers:
+        held = _held(config, layer, prefix)
+        seen = held + rows
+        pairs = rows * seen - (rows * (rows - 1) // 2 if causal else 0)
+        if causal and layer.is_sliding:
+            pairs = sum(min(prefix + i + 1, config.sliding_window) for i in range(rows))
+        flops += 4.0 * config.num_attention_heads * layer.head_dim * pairs
+        nbytes += _per_token(layer) * (seen + rows)
+    return Part(name="attention", flops=flops, nbytes=nbytes)
+
+
+def _held(config: ModelConfig, layer: LayerConfig, prefix: int) -> int:
+    """Prefix positions that a layer keeps: all, or the last window − 1."""
+    return min(prefix, config.sliding_window - 1) if layer.is_sliding else prefix
+
+
+def _per_token(layer: LayerConfig) -> int:
+    """Bytes of one position's key and value."""
+    return 2 * layer.num_kv_heads * layer.head_dim * ITEM
+
+
+# -------------------------------------------------------------------------------------------------------------- time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """A GPU: peak of a 16-bit matrix product, and memory bandwidth. `efficiency` is empty where none was fitted."""
+
+    name: str
+    tflops: float
+    bandwidth: float  # GB/s
+    memory: tuple[int, ...] = ()  # GB it is sold with
+    calibration: str = ""
+
+    def seconds(self, part: Part) -> float:
+        """The least a part takes."""
+        return max(part.flops / (self.tflops * 1e12), part.nbytes / (self.bandwidth * 1e9))
+
+    def limit(self, part: Part) -> str:
+        """What holds the part back."""
+        compute = part.flops / (self.tflops * 1e12) >= part.nbytes / (self.bandwidth * 1e9)
+        return "compute" if compute else "memory"
+
+
+def bound(parts: Iterable[Part], chip: Chip) -> float:
+    """The least seconds that parts take one after another."""
+    return sum(chip.seconds(part) for part in parts)
+
+
+def answer_seconds(model: Model, chip: Chip, *, steps: float, canvases: float = 1, prefix: int = 1024) -> float:
+    """The least seconds from the first step to the last: all steps, and a commit between two canvases."""
+    commit = bound(encode(model, model.config.canvas_length, prefix), chip)
+    return steps * bound(step(model, prefix=prefix), chip) + (canvases - 1) * commit
+
+
+def prefill_seconds(model: Model, chip: Chip, tokens: int) -> float:
+    """The least seconds to read a prompt, in pieces of CHUNK tokens."""
+    starts = range(0, tokens, CHUNK)
+    return sum(bound(encode(model, min(CHUNK, tokens - start), start), chip) for start in starts)
+
+
+def tokens_per_second(model: Model, chip: Chip, steps: float, *, prefix: int = 1024) -> float:
+    """The most full canvases can give, at so many steps each; every canvas is committed."""
+    commit = bound(encode(model, model.config.canvas_length, prefix), chip)
+    return model.config.canvas_length / (steps * bound(step(model, prefix=prefix), chip) + commit)
+
+
+# -------------------------------------------------------------------------------------------------------------- Macs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A figure somebody published: seconds a step, tokens a second of an answer, or of a prompt."""
+
+    chip: str
+    software: str
+    recipe: str
+    kind: str
+    value: float
+    source: str
+    canvas: int = 256
+    tokens: int = 0
+    steps: int = 0
+    canvases: int = 1
+    fitted: bool = False
+
+    def workload(self) -> str:
+        if self.kind == "step":
+            return f"step, canvas {self.canvas}"
+        if self.kind == "prefill":
+            return f"prompt of {self.tokens}"
+        return f"{self.tokens} tokens, {self.steps} steps"
+
+    def bound(self, model: Model, chip: Chip) -> float:
+        """The same figure at the bound; more is slower for a step, faster for the rates."""
+        if self.kind == "step":
+            return bound(step(model, canvas=self.canvas, prefix=256), chip)
+        if self.kind == "prefill":
+            return self.tokens / prefill_seconds(model, chip, self.tokens)
+        return self.tokens / answer_seconds(model, chip, steps=self.steps, canvases=self.canvases, prefix=256)
+
+    def share(self, model: Model, chip: Chip) -> float:
+        """How much of the bound was reached, 0 … 1."""
+        limit = self.bound(model, chip)
+        return limit / self.value if self.kind == "step" else self.value / limit
+
+    def forecast(self, model: Model, chip: Chip, efficiency: float) -> float:
+        """The figure at a given efficiency."""
+        limit = self.bound(model, chip)
+        return limit / efficiency if self.kind == "step" else limit * efficiency
+
+
+@dataclass(frozen=True, kw_only=True)
+class Macs:
+    """macs.toml."""
+
+    chips: dict[str, Chip]
+    measurements: tuple[Measurement, ...]
+
+    @classmethod
+    def read(cls, file: Path = MACS) -> "Macs":
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+        per_core = {g["name"]: g["tflops_per_core"] for g in values["generation"]}
+        classes = {g: c["name"] for c in values["calibration"] for g in c["generations"]}
+        chips = {}
+        for chip in values["chip"]:
+            generation = chip["name"].replace(",", "").split()[0]
+            chips[chip["name"]] = Chip(
+                name=chip["name"],
+                tflops=round(chip["cores"] * per_core[generation], 2),
+                bandwidth=chip["bandwidth"],
+                memory=tuple(chip["memory"]),
+                calibration=classes[generation],
+            )
+        return cls(chips=chips, measurements=tuple(Measurement(**m) for m in values["measurement"]))
+
+    def efficiencies(self, models: dict[str, Model]) -> dict[str, float]:
+        """Per class of GPU, the share of the bound that its fitted measurement reached."""
+        fitted = (m for m in self.measurements if m.fitted)
+        return {self.chips[m.chip].calibration: m.share(models[m.recipe], self.chips[m.chip]) for m in fitted}
+
+
+def lent(memory: int) -> tuple[float, int]:
+    """Bytes that Metal lends one process on a Mac with so many GB: as it comes, and with iogpu.wired_limit_mb raised.
+
+    As it comes: two thirds of up to 36 GB, three quarters of more. Logged by Metal itself: 10,923 MiB of 16 GB
+    (abetlen/llama-cpp-python issue 687), 21,845 MiB of 32 GB (ggml-org/llama.cpp pull request 2011), 96 GB of 128;
+    macOS 26 lends more, 107.5 GiB of 128 (antirez/ds4 pull request 893). Raised: all but 4 GiB, as in quantize.py.
+    """
+    nbytes = memory << 30
+    return nbytes * (2 / 3 if memory <= 36 else 3 / 4), nbytes - quantize.SYSTEM
+
+
+def choose(memory: int, needs: dict[str, int]) -> str | None:
+    """The best recipe that fits a Mac with so many GB; starred if only a raised limit makes room, else None."""
+    usual, raised = lent(memory)
+    fitting = [name for name in BY_QUALITY if needs[name] <= usual]
+    starred = [f"{name}*" for name in BY_QUALITY if needs[name] <= raised]
+    return next(iter(fitting + starred), None)
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def parts_table(model: Model, chip: Chip, prefix: int) -> list[list[object]]:
+    """One row per part of a step, then their sum."""
+    parts = step(model, prefix=prefix)
+    rows: list[list[object]] = [_row(part.name, part, chip.seconds(part), chip.limit(part)) for part in parts]
+    total = Part(name="a step", flops=sum(p.flops for p in parts), nbytes=sum(p.nbytes for p in parts))
+    return [*rows, _row("a step", total, bound(parts, chip), "")]
+
+
+def _row(name: str, part: Part, seconds: float, limit: str) -> list[object]:
+    return [name, f"{part.flops / 1e12:.3f}", f"{part.nbytes / 1e9:.2f}", f"{seconds * 1e3:.1f}", limit]
+
+
+def memory_terms(model: Model, prefix: int, step_bytes: int) -> dict[str, int]:
+    """What must be in memory to denoise behind a prefix: bytes by what they are for."""
+    config = model.config
+    kinds = {
+        "full": [c for c in config.layers if not c.is_sliding],
+        "sliding": [c for c in config.layers if c.is_sliding],
+    }
+    terms = {f"weights: {name}": size.nbytes for name, size in model.sizes.items()}
+    for kind, layers in kinds.items():
+        held = sum(_per_token(layer) * _held(config, layer, prefix) for layer in layers)
+        terms[f"keys and values: prefix, {len(layers)} {kind} layers"] = held
+    terms["keys and values: canvas"] = sum(_per_token(layer) for layer in config.layers) * config.canvas_length
+    return terms | {"arrays of one step": step_bytes}
+
+
+def check(macs: Macs, models: dict[str, Model]) -> list[dict[str, Any]]:
+    """Every published measurement with its bound, its forecast at the fitted efficiency, and the forecast's error."""
+    efficiencies = macs.efficiencies(models)
+    documents = []
+    for m in macs.measurements:
+        chip, model = macs.chips[m.chip], models[m.recipe]
+        forecast = m.forecast(model, chip, efficiencies[chip.calibration])
+        figures = {"bound": m.bound(model, chip), "forecast": forecast, "reached": m.share(model, chip)}
+        documents.append(asdict(m) | figures | {"workload": m.workload(), "error": forecast / m.value - 1})
+    return documents
+
+
+CHECK_HEADER = ["chip", "software", "recipe", "workload", "published", "bound", "forecast", "reached", "error"]
+
+
+def check_table(checks: list[dict[str, Any]]) -> list[list[object]]:
+    """One row per measurement."""
+    rows: list[list[object]] = []
+    for c in checks:
+        form = "{:.3f} s" if c["kind"] == "step" else "{:.1f} tok/s"
+        figures = [form.format(c[key]) for key in ("value", "bound", "forecast")]
+        verdict = "fitted" if c["fitted"] else f"{c['error']:+.0%}"
+        rows.append([c["chip"], c["software"], c["recipe"], c["workload"], *figures, f"{c['reached']:.0%}", verdict])
+    return rows
+
+
+MAC_HEADER = ["Mac", "GPU", "memory: recipe", "ms a step: least, likely", "likely tok/s: 24, 12 steps"]
+
+
+def mac_table(macs: Macs, models: dict[str, Model], prefix: int) -> list[list[object]]:
+    """Per chip: the recipe for each memory, and the speed of the best of them behind 1,024 tokens."""
+    efficiencies = macs.efficiencies(models)
+    needs = {
+        name: quantize.memory_needed(models[name].config, models[name].weight_bytes, prefix) for name in BY_QUALITY
+    }
+    rows: list[list[object]] = []
+    for chip in macs.chips.values():
+        picks = {memory: choose(memory, needs) for memory in chip.memory}
+        best = next((pick.rstrip("*") for pick in reversed(picks.values()) if pick), None)
+        speed = ["–", "–"] if best is None else _speed(models[best], chip, efficiencies[chip.calibration])
+        gpu = f"{chip.tflops:.1f} TFLOP/s, {chip.bandwidth:.0f} GB/s"
+        recipes = " · ".join(f"{memory} GB: {pick or '–'}" for memory, pick in picks.items())
+        rows.append([chip.name, gpu, recipes, *speed])
+    return rows
+
+
+def _speed(model: Model, chip: Chip, efficiency: float) -> list[str]:
+    least = 1e3 * bound(step(model, prefix=1024), chip)
+    rates = [tokens_per_second(model, chip, steps) * efficiency for steps in (24, 12)]
+    return [f"{model.recipe}: {least:.0f}, {least / efficiency:.0f}", f"{rates[0]:.0f}, {rates[1]:.0f}"]
+
+
+def readme_section(macs: Macs, models: dict[str, Model]) -> str:
+    """The table of Macs with the words it needs."""
+    errors = sorted(abs(c["error"]) for c in check(macs, models) if not c["fitted"])
+    shares = ", ".join(f"{share:.0%} on {name}" for name, share in macs.efficiencies(models).items())
+    notes = (
+        f"Recipe: the most bits that fit with {TABLE_PREFIX // 1024}K tokens of context; `*` after raising"
+        " `iogpu.wired_limit_mb`. Least: arithmetic and bytes at the chip's peak. Likely: at the share of it that"
+        f" programs for this model reached in published measurements, none of them ours: {shares}. That misses the"
+        f" {len(errors)} measurements it was not fitted on by {errors[len(errors) // 2]:.0%} (median), {errors[-1]:.0%}"
+        " at worst. Computed by `python -m benchmarks.roofline`."
+    )
+    return f"{common.table(mac_table(macs, models, TABLE_PREFIX), MAC_HEADER)}\n\n{notes}"
+
+
+def write_readme(file: Path, section: str) -> None:
+    """Replace what stands between the markers. Errors: SystemExit when they are not there."""
+    text = file.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{file} has no place for the table: add the lines {BEGIN} and {END}.")
+    file.write_text(f"{before}{begin}\n{section}\n{end}{after}", encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------- command
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    config = ModelConfig.from_dict(read_json(options.config))
+    macs = Macs.read()
+    names = dict.fromkeys((options.recipe, *BY_QUALITY, *(m.recipe for m in macs.measurements)))
+    models = {name: Model.of(config, name) for name in names}
+    if options.readme:
+        write_readme(options.readme, readme_section(macs, models))
+    chip = macs.chips[options.chip]
+    if options.tflops:
+        chip = Chip(name="as given", tflops=options.tflops, bandwidth=options.bandwidth)
+    limits = _report_step(models[options.recipe], chip, options.prefix)
+    terms = _report_promise(models["q4"])
+    checks = check(macs, models)
+    common.report(check_table(checks), CHECK_HEADER, "Published measurements, the bound, and forecasts")
+    common.report(mac_table(macs, models, TABLE_PREFIX), MAC_HEADER, "Which recipe for which Mac")
+    document = {"limits": limits, "memory": terms, "efficiency": macs.efficiencies(models), "checks": checks}
+    common.finish(common.provenance() | document, options.out)
+
+
+def _report_step(model: Model, chip: Chip, prefix: int) -> dict[str, Any]:
+    """Print what a step, a commit and a prompt cost at least; the same as a document."""
+    canvas = model.config.canvas_length
+    title = f"A step of {canvas} positions behind {prefix} tokens, {model.recipe}, on {chip.name}"
+    title += f" ({chip.tflops:g} TFLOP/s, {chip.bandwidth:g} GB/s)"
+    common.report(parts_table(model, chip, prefix), ["part", "TFLOP", "GB", "least ms", "held back by"], title)
+    parts, commit = step(model, prefix=prefix), encode(model, canvas, prefix)
+    rates = {steps: tokens_per_second(model, chip, steps, prefix=prefix) for steps in (12, 24, 48)}
+    prompt = 8192 / prefill_seconds(model, chip, 8192)
+    told = ", ".join(f"{rate:.0f} at {steps} steps" for steps, rate in rates.items())
+    print(f"At most, tokens/s: {told} a canvas; {prompt:.0f} for a prompt of 8,192.\n")
+    return {
+        "recipe": model.recipe,
+        "chip": asdict(chip),
+        "prefix": prefix,
+        "step": [asdict(part) for part in parts],
+        "commit": [asdict(part) for part in commit],
+        "seconds_per_step": bound(parts, chip),
+        "seconds_per_commit": bound(commit, chip),
+        "tokens_per_second_by_steps": rates,
+        "prefill_tokens_per_second": prompt,
+    }
+
+
+def _report_promise(model: Model) -> dict[str, int]:
+    """Print the sum that must stay below the 18 GB of the model's launch; its terms."""
+    terms = memory_terms(model, TABLE_PREFIX, PROMISED_STEP)
+    total = sum(terms.values())
+    free = PROMISED - total
+    rows = [[name, f"{nbytes:,}"] for name, nbytes in (terms | {"sum": total, "of 18 GB stay free": free}).items()]
+    common.report(rows, [f"{model.recipe} behind {TABLE_PREFIX:,} tokens", "bytes"], "The promised 18 GB")
+    return terms
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=RELEASED, help="a config.json (default: the released one)")
+    parser.add_argument("--recipe", default="q4", help=f"{', '.join(recipe_names())}, or a TOML file")
+    parser.add_argument(
+        "--chip", default="M3 Pro", choices=list(Macs.read().chips), metavar="CHIP", help="as in macs.toml"
+    )
+    parser.add_argument("--tflops", type=float, help="peak of another machine; needs --bandwidth")
+    parser.add_argument("--bandwidth", type=float, help="its memory bandwidth, GB/s")
+    parser.add_argument("--prefix", type=int, default=1024, help="tokens before the canvas")
+    parser.add_argument("--readme", type=Path, help="a Markdown file whose table of Macs to renew")
+    parser.add_argument("--out", type=Path, help="write the JSON document there as well")
+    options = parser.parse_args(arguments)
+    if (options.tflops is None) != (options.bandwidth is None):
+        parser.error("--tflops and --bandwidth belong together")
+    return options
+
+
+if __name__ == "__main__":
+    main()
