@@ -26,29 +26,34 @@ def folder() -> Path:
 
 
 def random_weights(
-    shapes: Mapping[str, tuple[int, ...]], *, seed: int, branches: float = 1.0, sharpness: float = 1.0
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    seed: int,
+    branches: float = 1.0,
+    sharpness: float = 1.0,
+    tied_scalars: bool = False,
 ) -> dict[str, np.ndarray]:
     """Float32 weights that follow from a name, its shape and a seed alone, on every machine and NumPy.
 
     Matrices keep the size of what passes through them, norms and scales lie around 1, layer scalars between 0.7 and
     1.3: nothing is at rest, so nothing can be left out unnoticed. `branches` scales what each layer adds to the
-    residual (a small one makes a model that nearly copies its canvas, and so settles), `sharpness` the logits.
+    residual (a small one makes a model that nearly copies its canvas, and so settles), `sharpness` the logits;
+    with `tied_scalars` the encoder's layer scalars equal the decoder's.
     """
-    return {name: _random(name, shape, seed, branches, sharpness) for name, shape in shapes.items()}
-
-
-def _random(name: str, shape: tuple[int, ...], seed: int, branches: float, sharpness: float) -> np.ndarray:
-    name = name.removeprefix("model.").removesuffix(".weight")
-    bits = np.random.PCG64([seed, zlib.crc32(name.encode())]).random_raw(int(np.prod(shape)))
-    uniform = ((bits >> 40).astype(np.float32) * 2.0**-23 - 1).reshape(shape)  # [-1, 1), exact in float32
-    if len(shape) > 1:
-        return uniform * np.float32((3 / shape[-1]) ** 0.5)
-    values = 1 + np.float32(0.3) * uniform
-    if name.endswith(("post_attention_layernorm", "post_feedforward_layernorm")):
-        values *= np.float32(branches)
-    if name == "decoder.norm":
-        values *= np.float32(sharpness)
-    return values
+    weights = {}
+    for name, shape in shapes.items():
+        key = name.removeprefix("model.").removesuffix(".weight")
+        if tied_scalars:
+            key = key.replace("encoder.language_model", "decoder")
+        bits = np.random.PCG64([seed, zlib.crc32(key.encode())]).random_raw(int(np.prod(shape)))
+        uniform = ((bits >> 40).astype(np.float32) * 2.0**-23 - 1).reshape(shape)  # [-1, 1), exact in float32
+        scale = (3 / shape[-1]) ** 0.5 if len(shape) > 1 else 1.0
+        if key.endswith(("post_attention_layernorm", "post_feedforward_layernorm")):
+            scale = branches
+        elif key == "decoder.norm":
+            scale = sharpness
+        weights[name] = np.float32(scale) * (uniform if len(shape) > 1 else 1 + np.float32(0.3) * uniform)
+    return weights
 
 
 @dataclass(frozen=True, kw_only=True)
