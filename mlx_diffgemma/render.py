@@ -382,7 +382,7 @@ class Recording:
 
     def commit(self, text: str) -> None:
         self.text += text
-        self.kept = wrap(((glyph, size, "") for glyph, size in glyphs(self.text)), self.columns)
+        self.kept = wrap(((glyph, size, "") for glyph, size in glyphs(self.text.removesuffix("\n"))), self.columns)
         self.draw([])
 
     def close(self) -> None:
