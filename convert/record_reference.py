@@ -46,6 +46,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -162,3 +163,391 @@ def router_gaps(model: DiffusionGemmaForBlockDiffusion) -> Iterator[list[float]]
     finally:
         for hook in hooks:
             hook.remove()
+
+
+# --- Trajectories --------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Step:
+    """What transformers drew and decided in one denoising step."""
+
+    draws: np.ndarray  # [B, L]
+    guess: np.ndarray
+    best: np.ndarray
+    accepted: np.ndarray
+    entropy: np.ndarray  # [B]
+    ids: np.ndarray
+    done: np.ndarray  # [B], after this step
+    margins: dict[str, np.ndarray]  # [B] each
+
+
+@dataclass(kw_only=True)
+class Canvas:
+    start: np.ndarray  # [B, L]
+    steps: list[Step] = field(default_factory=list)
+
+
+class Recorder:
+    """Listens to one `generate`: its draws through torch.multinomial, its random ids through the sampler, its
+    decisions through the denoising step. Nothing it listens to is changed."""
+
+    def __init__(self, settings: dict[str, Any]):
+        self.settings = settings
+        self.canvases: list[Canvas] = []
+        self._ids = torch.empty(0)
+        self._guess = self._probabilities = torch.empty(0)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        sampler, mixin = generation.EntropyBoundSampler, generation.DiffusionGemmaGenerationMixin
+        with (
+            mock.patch.object(torch, "multinomial", self._multinomial(torch.multinomial)),
+            mock.patch.object(sampler, "initialize_canvas", self._random_ids(sampler.initialize_canvas)),
+            mock.patch.object(mixin, "_prepare_denoiser_inputs", self._canvas(mixin._prepare_denoiser_inputs)),
+            mock.patch.object(mixin, "_denoising_step", self._step(mixin._denoising_step)),
+        ):
+            yield
+
+    def _multinomial(self, original: Callable) -> Callable:
+        def multinomial(probabilities: torch.Tensor, num_samples: int) -> torch.Tensor:
+            self._guess = original(probabilities, num_samples)
+            self._probabilities = probabilities.double()
+            return self._guess
+
+        return multinomial
+
+    def _random_ids(self, original: Callable) -> Callable:
+        def initialize_canvas(*args: Any, **named: Any) -> torch.Tensor:
+            self._ids = original(*args, **named)
+            return self._ids
+
+        return initialize_canvas
+
+    def _canvas(self, original: Callable) -> Callable:
+        def prepare(*args: Any, **named: Any) -> tuple:
+            prepared = original(*args, **named)
+            self.canvases.append(Canvas(start=prepared[0].cpu().numpy()))
+            return prepared
+
+        return prepare
+
+    def _step(self, original: Callable) -> Callable:
+        def step(*args: Any, **named: Any) -> tuple:
+            out = original(*args, **named)
+            best, done = out[1].cpu().numpy(), out[3].cpu().numpy()
+            probabilities = self._probabilities.view(*best.shape, -1)
+            entropy = torch.special.entr(probabilities).sum(-1)
+            accepted = named["sampler"].accepted_token_mask
+            self.canvases[-1].steps.append(
+                Step(
+                    draws=middle(self._probabilities, self._guess).view(best.shape).cpu().numpy(),
+                    guess=self._guess.view(best.shape).cpu().numpy(),
+                    best=best,
+                    accepted=accepted.cpu().numpy(),
+                    entropy=entropy.mean(-1).cpu().numpy(),
+                    ids=self._ids.cpu().numpy(),
+                    done=done.copy(),
+                    margins=margins(probabilities, entropy, accepted, self.settings),
+                )
+            )
+            return out
+
+        return step
+
+
+def middle(probabilities: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """For drawn ids [N, 1] of float64 probabilities [N, V]: the middle of each one's interval of the cumulative
+    distribution, as float32 below 1."""
+    cumulative = probabilities.cumsum(-1)
+    upper = cumulative.gather(-1, ids) / cumulative[:, -1:]
+    lower = upper - probabilities.gather(-1, ids) / cumulative[:, -1:]
+    return ((upper + lower) / 2).float().clamp(max=1 - 2**-24)
+
+
+def margins(
+    probabilities: torch.Tensor, entropy: torch.Tensor, accepted: torch.Tensor, settings: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """How close each row's decisions in one step came to falling the other way, [B] each: the lead of the best token
+    (in log probability), and the room about the entropy bound and the confidence threshold, in nats."""
+    best = probabilities.topk(2, dim=-1).values.log()
+    ascending = entropy.sort(dim=-1).values
+    room = (ascending.cumsum(-1) - ascending - settings["entropy_bound"]).abs().amin(-1)
+    last = entropy.masked_fill(~accepted, -torch.inf).amax(-1)
+    first = entropy.masked_fill(accepted, torch.inf).amin(-1)
+    smallest = {
+        "best": (best[..., 0] - best[..., 1]).amin(-1),
+        "accept": torch.minimum(room, first - last),
+        "confidence": (entropy.mean(-1) - settings["confidence_threshold"]).abs(),
+    }
+    return {name: value.cpu().numpy() for name, value in smallest.items()}
+
+
+def trajectory(
+    model: DiffusionGemmaForBlockDiffusion, prompts: list[list[int]], settings: dict[str, Any], seed: int
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Run `generate` on prompts of ids with our GenerationConfig's options; the arrays of a file of kind "trajectory",
+    and its margins."""
+    longest = max(map(len, prompts))
+    padding = np.array([longest - len(prompt) for prompt in prompts], np.int32)
+    rows = [[settings["pad_token_id"]] * pad + ids for pad, ids in zip(padding, prompts, strict=True)]
+    prompt = np.array(rows, np.int32)
+    options = dict(settings)
+    config = generation.DiffusionGemmaGenerationConfig(
+        max_new_tokens=options.pop("max_tokens"),
+        eos_token_id=options.pop("stop_ids"),
+        sampler_config=generation.EntropyBoundSamplerConfig(entropy_bound=options.pop("entropy_bound")),
+        **options,
+    )
+    torch.manual_seed(seed)
+    recorder = Recorder(settings)
+    with recorder.listening():
+        out = model.generate(
+            torch.from_numpy(prompt).long().to(model.device),
+            attention_mask=torch.from_numpy(np.arange(longest)[None] >= padding[:, None]).to(model.device),
+            generation_config=config,
+        )
+    canvases = recorder.canvases
+    shape = (len(canvases), max(len(canvas.steps) for canvas in canvases), *canvases[0].start.shape)
+    committed = out.sequences[:, longest:].cpu().numpy().reshape(shape[2], shape[0], shape[3]).swapaxes(0, 1)
+    arrays = {
+        "prompt": prompt,
+        "padding": padding,
+        "canvas": np.stack([canvas.start for canvas in canvases]).astype(np.int32),
+        "steps": np.array([len(canvas.steps) for canvas in canvases], np.int32),
+        "row_steps": np.zeros((shape[0], shape[2]), np.int32),
+        "settled": np.zeros((shape[0], shape[2]), bool),
+        "committed": committed.astype(np.int32),
+        "draws": np.zeros(shape, np.float32),
+        "ids": np.zeros(shape, np.int32),
+        "guess": np.zeros(shape, np.int32),
+        "best": np.zeros(shape, np.int32),
+        "accepted": np.zeros(shape, bool),
+        "entropy": np.zeros(shape[:3], np.float32),
+    }
+    smallest = dict.fromkeys(canvases[0].steps[0].margins, float("inf"))
+    for c, canvas in enumerate(canvases):
+        alive = ~np.isin(committed[:c], settings["stop_ids"]).any((0, 2))
+        for s, step in enumerate(canvas.steps):
+            for name in ("draws", "ids", "guess", "best", "accepted", "entropy"):
+                arrays[name][c, s] = getattr(step, name)
+            arrays["row_steps"][c] += alive
+            for name, values in step.margins.items():
+                smallest[name] = min([smallest[name], *values[alive].tolist()])
+            arrays["settled"][c] |= alive & step.done
+            alive &= ~step.done
+    return arrays, smallest
+
+
+# --- What is recorded ----------------------------------------------------------------------------------------------
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 5,
+    "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+    "num_experts": 8,
+    "top_k_experts": 2,
+    "sliding_window": 16,
+    "max_position_embeddings": 4096,
+}
+# The released model's heads and experts, which kernels are chosen by, on a narrow residual and a shorter window.
+REAL_HEADS = SMALL | {
+    "num_hidden_layers": 3,
+    "layer_types": [SLIDING, SLIDING, FULL],
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "num_global_key_value_heads": 2,
+    "num_experts": 128,
+    "top_k_experts": 8,
+    "sliding_window": 256,
+}
+# With small `branches` (random_weights) a model nearly copies its canvas: "settling" settles after some steps, and in
+# "real-heads" an expert taken for another at bfloat16's precision does little harm.
+MODELS: dict[str, dict[str, Any]] = {
+    "small": {"text": SMALL, "weights": {"seed": 11}},
+    "real-heads": {"text": REAL_HEADS, "weights": {"seed": 12, "branches": 0.2}},
+    "settling": {"text": SMALL, "weights": {"seed": 13, "branches": 0.2, "sharpness": 4.0}},
+}
+CANVAS_LENGTH = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Inputs of one decoder pass."""
+
+    length: int  # of the prompt
+    batch: int = 1
+    canvases: int = 0
+    signal: bool = False
+
+
+CASES: dict[str, dict[str, Case]] = {
+    "small": {
+        "one-token": Case(length=1),
+        "window": Case(length=16, signal=True),
+        "canvas-behind-window": Case(length=41, canvases=1, signal=True),
+        "padded": Case(length=17, batch=3, canvases=1, signal=True),
+    },
+    "real-heads": {
+        "ragged": Case(length=37, signal=True),
+        "behind-window": Case(length=281, signal=True),
+    },
+}
+
+DEFAULTS = {
+    "max_tokens": 3 * CANVAS_LENGTH,
+    "max_denoising_steps": 48,
+    "t_min": 0.4,
+    "t_max": 0.8,
+    "entropy_bound": 0.1,
+    "stability_threshold": 1,
+    "confidence_threshold": 0.005,
+    "stop_ids": [1, 106],
+    "pad_token_id": 0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One trajectory: prompts by their lengths (random ids), and what differs from the defaults."""
+
+    lengths: tuple[int, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+RUNS = {
+    "first": Run(lengths=(5,)),
+    "second": Run(lengths=(12,)),
+    "third": Run(lengths=(16,)),
+    "behind-window": Run(lengths=(53,)),
+    "batch": Run(lengths=(30, 9, 1), settings={"stop_ids": list(range(1, 9))}),
+    "stop": Run(lengths=(7,), settings={"stop_ids": list(range(1, 25))}),
+    "steps-run-out": Run(lengths=(7,), settings={"max_denoising_steps": 6}),
+    "no-stability": Run(lengths=(7,), settings={"stability_threshold": 0, "confidence_threshold": 0.05}),
+    "stability-3": Run(lengths=(7,), settings={"stability_threshold": 3}),
+    "entropy-bound-1": Run(lengths=(7,), settings={"entropy_bound": 1.0, "t_min": 0.5, "t_max": 1.0}),
+}
+
+# Decisions nearer than this to falling the other way are not recorded: two correct runs could differ there.
+MARGINS = {"best": 1e-3, "accept": 5e-6, "confidence": 1e-6}
+ROUTER_TIE = 1e-6
+
+
+def record_logits(name: str, dtype: str, device: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and provenance of a file of kind "logits". Inputs with a tie in a router are drawn again."""
+    recipe = recipe_of(name)
+    model = small_model(**recipe).to(device, DTYPES[dtype])
+    truth = small_model(**recipe).to(device, DTYPES[dtype]).double()
+    vocabulary = recipe["config"]["text_config"]["vocab_size"]
+    arrays: dict[str, np.ndarray] = {}
+    cases = {}
+    for number, (case_name, case) in enumerate(CASES[name].items()):
+        seed = 0
+        while True:
+            random = np.random.default_rng([number, seed])
+            shape = (case.batch, CANVAS_LENGTH)
+            x = {
+                "prompt": random.integers(0, vocabulary, (case.batch, case.length), np.int32),
+                "padding": np.array([0, case.length // 2, case.length - 1][: case.batch], np.int32),
+                "canvases": random.integers(0, vocabulary, (case.canvases, *shape), np.int32),
+                "canvas": random.integers(0, vocabulary, shape, np.int32),
+            }
+            signal = random.normal(0, 4, (*shape, vocabulary)).astype(np.float32) if case.signal else None
+            with router_gaps(truth) as gaps:
+                prefix = encode(truth, x["prompt"], x["padding"], x["canvases"])
+                true_logits = decode(truth, x["canvas"], *prefix, signal)
+            if min(gaps) > ROUTER_TIE:
+                break
+            seed += 1
+        logits = decode(model, x["canvas"], *encode(model, x["prompt"], x["padding"], x["canvases"]), signal)
+        x |= {"logits": logits, "truth": true_logits.astype(np.float32)} | (
+            {} if signal is None else {"signal": signal}
+        )
+        arrays |= {f"{case_name}/{key}": value for key, value in x.items()}
+        cases[case_name] = {"rms_error": float(np.sqrt(np.mean((logits - true_logits) ** 2))), "seed": [number, seed]}
+    return arrays, {"kind": "logits", "model": recipe, "cases": cases}
+
+
+def recipe_of(name: str) -> dict[str, Any]:
+    """Arguments of `small_model`, and of recordings.small_network."""
+    text, weights = MODELS[name]["text"], MODELS[name]["weights"]
+    config = {"model_type": "diffusion_gemma", "canvas_length": CANVAS_LENGTH, "text_config": text}
+    return {"config": config, "weights": weights}
+
+
+def record_trajectory(run: Run, device: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and provenance of a file of kind "trajectory", with the first seed whose decisions keep their MARGINS."""
+    recipe = recipe_of("settling")
+    model = small_model(**recipe).to(device)
+    settings = DEFAULTS | run.settings
+    seed = 0
+    while True:
+        random = np.random.default_rng(seed)
+        prompts = [random.integers(0, SMALL["vocab_size"], length).tolist() for length in run.lengths]
+        arrays, smallest = trajectory(model, prompts, settings, seed)
+        if all(smallest[name] >= limit for name, limit in MARGINS.items()):
+            break
+        seed += 1
+    provenance = {"kind": "trajectory", "model": recipe, "settings": settings, "seed": seed, "margins": smallest}
+    return arrays, provenance
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Record transformers' DiffusionGemma into tests/reference.")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--only", metavar="NAME", help="record files whose names contain NAME")
+    parser.add_argument("--out", type=Path, default=ROOT / "tests" / "reference")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    jobs: dict[str, Callable[[], tuple[dict[str, np.ndarray], dict[str, Any]]]] = {}
+    for name, dtype in (("small", "float32"), ("real-heads", "float32"), ("real-heads", "bfloat16")):
+        jobs[f"logits-{name}-{dtype}"] = partial(record_logits, name, dtype, options.device)
+    for name, run in RUNS.items():
+        jobs[f"trajectory-settling-{name}"] = partial(record_trajectory, run, options.device)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, job in jobs.items():
+        if options.only and options.only not in name:
+            continue
+        arrays, provenance = job()
+        dtype = name.rpartition("-")[2] if name.startswith("logits") else "float32"
+        provenance |= {
+            "device": device_name(options.device),
+            "dtype": dtype,
+            "versions": versions(),
+            "commit": commit(),
+        }
+        np.savez_compressed(options.out / f"{name}.npz", provenance=json.dumps(provenance), **arrays)
+        print(name, {key: provenance[key] for key in ("cases", "margins", "seed") if key in provenance})
+
+
+def device_name(device: str) -> str:
+    return f"cuda: {torch.cuda.get_device_name()}" if device == "cuda" else "cpu"
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def commit() -> str:
+    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

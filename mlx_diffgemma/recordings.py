@@ -88,3 +88,80 @@ def small_network(*, config: dict[str, Any], weights: dict[str, Any]) -> "Networ
     network.load_weights([(name, mx.array(w)) for name, w in random_weights(shapes, **weights).items()])
     network.eval()
     return network
+
+
+@dataclass(frozen=True, kw_only=True)
+class Closeness:
+    """How far our logits [B, L, V] are from the truth (transformers in float64), and how far the recorded ones were."""
+
+    rms_error: float
+    recorded_rms_error: float
+    same_best: float  # share of positions whose best token is the truth's
+
+    @property
+    def ratio(self) -> float:
+        return self.rms_error / self.recorded_rms_error
+
+
+def replay_logits(recording: Recording, network: "Network") -> dict[str, Closeness]:
+    """Run every case of a recording of kind "logits" through `network`."""
+    return {name: _replay_case(recording, name, network) for name in recording.provenance["cases"]}
+
+
+def _replay_case(recording: Recording, name: str, network: "Network") -> Closeness:
+    import mlx.core as mx
+
+    x = {key.removeprefix(name + "/"): a for key, a in recording.arrays.items() if key.startswith(name + "/")}
+    cache = network.make_cache(x["prompt"].shape[0], x["padding"].tolist())
+    for ids in (x["prompt"], *x["canvases"]):
+        network.encode(mx.array(ids), cache)
+    signal = mx.array(x["signal"]) if "signal" in x else None
+    logits = np.array(network.logits(mx.array(x["canvas"]), cache, signal))
+    return Closeness(
+        rms_error=float(np.sqrt(np.mean(np.square(logits - x["truth"])))),
+        recorded_rms_error=float(np.sqrt(np.mean(np.square(x["logits"] - x["truth"])))),
+        same_best=float((logits.argmax(-1) == x["truth"].argmax(-1)).mean()),
+    )
+
+
+def replay_trajectory(recording: Recording, network: "Network") -> list[str]:
+    """Run a recording of kind "trajectory" through our engine with its noise; where we left its path, in words.
+
+    Compared for each row, up to the step at which it was settled: guesses, accepted sets, best canvases, mean entropy;
+    then steps, settled or not, and the ids that were committed.
+    """
+    from .config import GenerationConfig
+    from .engine import Committed, Denoised, generate
+    from .noise import RecordedNoise
+
+    told = recording.arrays
+    settings = GenerationConfig().replace(**recording.provenance["settings"])
+    settings = settings.replace(stop_ids=tuple(settings.stop_ids))
+    prompts = [row[pad:].tolist() for row, pad in zip(told["prompt"], told["padding"], strict=True)]
+    noise = RecordedNoise(told["canvas"], told["draws"], told["ids"], name=recording.name)
+    departures, canvases = [], 0
+
+    def same(what: str, mine: Any, theirs: Any, *where: int) -> None:
+        if not np.array_equal(mine, theirs):
+            departures.append(f"{recording.name}: {what} of canvas, step, row {where}: {mine} instead of {theirs}")
+
+    for event in generate(network, prompts, settings, noise):
+        if isinstance(event, Denoised):
+            c, s = event.canvas, event.step
+            for row in np.flatnonzero(s < told["row_steps"][c]):
+                for what in ("guess", "accepted", "best"):
+                    same(what, np.array(getattr(event, what))[row], told[what][c, s, row], c, s, row)
+                entropy = float(event.entropy[row].mean())
+                if abs(entropy - told["entropy"][c, s, row]) > 1e-4 * (1 + entropy):
+                    same("mean entropy", entropy, told["entropy"][c, s, row], c, s, row)
+        elif isinstance(event, Committed):
+            canvases += 1
+            for number, row in enumerate(event.rows):
+                c = event.canvas
+                ids = told["committed"][c, number].tolist() if told["row_steps"][c, number] else []
+                stop = next((i for i, token in enumerate(ids) if token in settings.stop_ids), len(ids))
+                same("steps", row.steps, told["row_steps"][c, number], c, number)
+                same("settled", row.settled, told["settled"][c, number], c, number)
+                same("ids", row.ids, ids[:stop], c, number)
+    same("number of canvases", canvases, len(told["canvas"]))
+    return departures
