@@ -9,7 +9,7 @@ import functools
 import json
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -219,7 +219,7 @@ def _shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         raise CheckpointError(f"no model*.safetensors in {folder}: there are no weights to read.")
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(
-            f"{len(absent)} of {len(names)} weight files are missing in {folder}: {', '.join(absent[:3])}"
+            f"{folder} lacks {len(absent)} of {len(names)} weight files: {', '.join(absent[:3])}"
             f"{' …' if len(absent) > 3 else ''}.\nDownload the checkpoint again."
         )
     return [folder / name for name in names], where
@@ -241,8 +241,12 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             if tensors[name].file.name != file:
                 raise CheckpointError(f"{INDEX} puts {name} in {file}; it is in {tensors[name].file.name}.")
         if extra := tensors.keys() - index.keys():
-            raise CheckpointError(f"{len(extra)} tensors are not in {INDEX}: {families(extra)}.")
+            raise CheckpointError(f"{INDEX} does not mention {_tensors(extra)}: {families(extra)}.")
     return tensors
+
+
+def _tensors(names: Collection[str]) -> str:
+    return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
 
 
 def families(names: Iterable[str], limit: int = 3) -> str:
@@ -259,7 +263,7 @@ def families(names: Iterable[str], limit: int = 3) -> str:
 
 
 def open_checkpoint(folder: Path, *, ignore_keys: tuple[str, ...] = ()) -> Checkpoint:
-    """Read every header and hold it against config.json; no tensor is read.
+    """Read every header and hold it against config.json; no tensor is read, and `ignore_keys` are forgotten.
 
     Errors: ConfigError or CheckpointError for anything missing, extra, misshapen or unknown. All vision tensors
     may be absent together (packs that keep them elsewhere).
@@ -267,6 +271,9 @@ def open_checkpoint(folder: Path, *, ignore_keys: tuple[str, ...] = ()) -> Check
     folder = Path(folder)
     raw = read_json(folder / "config.json")
     config = ModelConfig.from_dict(raw, ignore_keys=ignore_keys)
+    for key in ignore_keys:
+        *part, name = key.split(".")
+        (raw["text_config"] if part else raw).pop(name, None)
     if config.quantization and "quant_method" in config.quantization:
         raise CheckpointError(
             f"{folder} was quantized by another tool ({config.quantization['quant_method']}).\n"
@@ -312,8 +319,8 @@ def _by_pack_name(found: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[tu
     unknown += [tensor.name for tensor, target in tied if target not in tensors]
     if unknown:
         raise CheckpointError(
-            f"the checkpoint has {len(unknown)} tensors that no rule in convert/diffusiongemma-26b-a4b.toml mentions:\n"
-            f"{families(unknown)}.\nThis is another model, or a newer one than this version knows."
+            f"no rule in convert/diffusiongemma-26b-a4b.toml mentions {_tensors(unknown)}: {families(unknown)}.\n"
+            "This is another model, or a newer one than this version knows."
         )
     return tensors, tuple(tied)
 
@@ -339,12 +346,12 @@ def _compare(
         missing -= vision
     if missing:
         raise CheckpointError(
-            f"{len(missing)} of {len(stored)} tensors are missing in {folder}: {families(missing)}.\n"
+            f"{folder} lacks {len(missing)} of {len(stored)} tensors: {families(missing)}.\n"
             "Download the checkpoint again, or check that config.json belongs to it."
         )
     if extra := tensors.keys() - stored.keys():
         raise CheckpointError(
-            f"{len(extra)} tensors have no place in the model config.json describes: {families(extra)}.\n"
+            f"the model that config.json describes has no place for {_tensors(extra)}: {families(extra)}.\n"
             "Check that config.json belongs to this checkpoint."
         )
     for name, tensor in tensors.items():
@@ -397,7 +404,8 @@ def load_network(path: Path, *, lazy: bool = False, ignore_keys: tuple[str, ...]
     except ValueError as error:
         raise CheckpointError(f"the network and {path} disagree: {str(error).splitlines()[0]}") from None
     network.eval()
-    if mx.default_device() == mx.cpu and not any(".experts." in path for path in quantized):
+    experts = {name.removesuffix(".weight") for name in weights if ".experts." in name and name.endswith(".weight")}
+    if mx.default_device() == mx.cpu and not experts <= quantized.keys():
         network.set_dtype(mx.float32)  # MLX's CPU backend multiplies expert weights in float32 only
     if not lazy:
         mx.eval(network.parameters())

@@ -25,9 +25,9 @@ import numpy as np
 
 from . import __version__, checkpoint, quantize
 from .checkpoint import INDEX, RELEASED, Checkpoint, open_checkpoint, read_json
-from .config import Recipe
+from .config import GenerationConfig, Recipe
 from .errors import CheckpointError, ConfigError
-from .quantize import NAMES, Planned
+from .quantize import NAMES, WORDS, Planned
 from .shards import SHARD, Shard, Tensor, as_array, as_raw, lay_out, read_rows, write_at
 
 PIECE = 4_000_000  # bytes of the source that a worker holds at a time: measured best on two CPU cores
@@ -82,7 +82,8 @@ def _refuse_nonfinite(tensor: Tensor, raw: np.ndarray, cast: np.ndarray, dtype: 
     if _largest(raw) >= INFINITE[tensor.dtype]:
         raise CheckpointError(f"{tensor.file.name}: {tensor.name} holds NaN or infinity; expected finite weights.")
     raise CheckpointError(
-        f"{tensor.file.name}: {tensor.name} has values that {dtype} cannot hold.\nUse --dtype bfloat16 or float32."
+        f"{tensor.file.name}: {tensor.name} has values that {WORDS[dtype]} cannot hold.\n"
+        "Use --dtype bfloat16 or float32."
     )
 
 
@@ -146,7 +147,10 @@ def prepare(source: Checkpoint, recipe: Recipe, *, shard_bytes: int = SHARD, rep
         )
     sources = checkpoint.sources(source.config)
     if missing := [s.name for s in sources if s.name not in source.tensors]:
-        raise CheckpointError(f"{len(missing)} tensors are missing: {checkpoint.families(missing)}.")
+        raise CheckpointError(
+            f"{source.folder} lacks {len(missing)} tensors: {checkpoint.families(missing)}.\n"
+            "A pack keeps the vision tensors; start from a checkpoint that has them."
+        )
     for tensor, twin in source.tied:
         _refuse_untied(tensor, source.tensors[twin])
     planned = quantize.plan(recipe, sources)
@@ -332,7 +336,7 @@ def output_config(source: Checkpoint, dtype: str, block: dict[str, object]) -> d
     if generation_file.exists():
         generation = {key: value for key, value in read_json(generation_file).items() if value is not None}
         config["generation_config"] = generation
-        ids = (*source.config.eos_token_ids, *checkpoint.read_generation_config(source.folder).stop_ids)
+        ids = (*source.config.eos_token_ids, *GenerationConfig.from_dict(generation).stop_ids)
         config["eos_token_id"] = list(dict.fromkeys(ids))
     if block:
         config["quantization"] = config["quantization_config"] = block
@@ -424,15 +428,20 @@ def verify(source: Checkpoint, folder: Path, progress: Progress | None = None) -
 
 
 def _compare_configs(source: Checkpoint, pack_of: Checkpoint, dtype: str) -> None:
-    word = next(name for name, short in NAMES.items() if short == dtype)
     block = pack_of.raw_config.get("quantization") or {}
-    expected = output_config(source, word, block)
-    for key in sorted(expected.keys() | pack_of.raw_config.keys()):
-        if expected.get(key) != pack_of.raw_config.get(key):
-            raise CheckpointError(
-                f"{pack_of.folder}/config.json: {key} is {str(pack_of.raw_config.get(key))[:200]},"
-                f" expected {str(expected.get(key))[:200]} from the source."
-            )
+    expected = output_config(source, WORDS[dtype], block)
+    for name, (want, got) in _differences(expected, pack_of.raw_config).items():
+        raise CheckpointError(f"{pack_of.folder}/config.json: {name} is {got!r}, expected {want!r} from the source.")
+
+
+def _differences(a: Any, b: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+    """Where two JSON values differ, by dotted path."""
+    if not isinstance(a, dict) or not isinstance(b, dict):
+        return {} if a == b else {name: (a, b)}
+    found = {}
+    for key in sorted(a.keys() | b.keys()):
+        found |= _differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+    return found
 
 
 def _as_stored(source: quantize.Source, pack_of: Checkpoint, dtype: str) -> Planned:

@@ -18,6 +18,7 @@ TRUNK = ("router", "embedding", "attention", "self-conditioning")
 DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32, "U8": mx.uint8}
 SIZES = {name: dtype.size for name, dtype in DTYPES.items()}
 NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+WORDS = {short: word for word, short in NAMES.items()}
 
 # Memory of a Mac (GiB), and the share Metal lends one process unless iogpu.wired_limit_mb says otherwise.
 MACS = (16, 18, 24, 32, 36, 48, 64, 96, 128)
