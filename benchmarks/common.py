@@ -17,6 +17,13 @@ import mlx.core as mx
 from mlx_diffgemma import __version__
 
 ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "mlx_diffgemma" / "demo"
+PROMPTS = (  # what the built-in model was trained to answer
+    "Sort these names:\nZoe, Ada, Kim, Ben, Olga",
+    'Make a Markdown table:\n{"name": "Ada", "age": 31}\n{"name": "Ben", "age": 42}',
+    "Write this as JSON:\nname: Cleo\ncity: Oslo\nage: 27",
+    "Add these numbers:\n  1234\n+ 5678",
+)
 PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "transformers", "torch", "numpy")
 
 
