@@ -208,7 +208,7 @@ class GenerationConfig:
     """How to generate. The defaults are transformers' (DiffusionGemmaGenerationConfig), the checkpoint's
     `generation_config.json` comes over them, and what the caller names over both.
 
-    Exact unless one of the last four is set: those depart from the reference and are reported in the
+    Exact unless one of the last three is set: those depart from the reference and are reported in the
     statistics of every result.
     """
 
@@ -222,6 +222,7 @@ class GenerationConfig:
     stop_ids: tuple[int, ...] = (1, 106)
     pad_token_id: int = 0
     prefill_step_size: int = 2048
+    sparse_signal: bool = True  # the signal's full product only where a position is not one token to its precision
     # Departures from the reference, by name.
     canvas_length: int | None = None  # shorter canvases than the model's, for short answers
     greedy: bool = False  # the guess is the best token: no draw

@@ -228,31 +228,24 @@ def _denoise(
     index: int,
     running: list[bool],
 ) -> Iterator[Denoised]:
-    """The steps of one canvas, until every running row is settled. A settled row keeps its canvas, its best
-    tokens and its signal while the others go on."""
+    """The steps of one canvas, until every running row is settled. A settled row keeps its canvas and its best
+    tokens while the others go on."""
+    table, steps = network.decoder.embed_tokens, settings.max_denoising_steps
     canvas, signal = noise.canvas(index), None
+    best, entropy = canvas, mx.zeros(canvas.shape)
     earlier: list[mx.array] = []  # best canvases of the steps before
-    done, best, entropy = mx.array([not r for r in running]), canvas, None
-    forbidden = settings.stop_ids if settings.avoid_empty and index == 0 else ()
-    starts = mx.arange(canvas.size) % canvas.shape[1] == 0  # position 0 of every row
-    for step in range(settings.max_denoising_steps):
-        temperature = sampler.temperature(
-            step, settings.max_denoising_steps, t_min=settings.t_min, t_max=settings.t_max
-        )
-        shape = vocabulary.Shape(
-            cap=network.config.final_logit_softcapping,
-            temperature=temperature,
-            forbidden=forbidden,
-            positions=starts,
-        )
+    done = mx.array([not r for r in running])
+    soft = canvas.size  # positions that the step before was not sure of
+    for step in range(steps):
+        shape = _shape(network, settings, canvas, index, step)
         hidden = network.denoise(canvas, cache, signal)
+        dense = step + 1 < steps and (not settings.sparse_signal or soft > canvas.size // 2)
         draws = None if settings.greedy else noise.draws(index, step)
-        reading = vocabulary.read(hidden, network.decoder.embed_tokens, shape, draws)
+        reading = vocabulary.read(hidden, table, shape, draws, with_signal=dense)
         accepted = sampler.accept(reading.entropy, settings.entropy_bound)
         following = sampler.renoise(accepted, reading.guess, noise.ids(index, step))
         best, canvas = _keep(done, best, reading.best), _keep(done, canvas, following)
-        entropy = reading.entropy if entropy is None else _keep(done, entropy, reading.entropy)
-        signal = reading.signal if signal is None else _keep(done, signal, reading.signal)
+        entropy = _keep(done, entropy, reading.entropy)
         done = done | sampler.settled(
             best,
             earlier,
@@ -261,13 +254,14 @@ def _denoise(
             confidence=settings.confidence_threshold,
         )
         earlier = [*earlier, best][-settings.stability_threshold :] if settings.stability_threshold else []
-        mx.async_eval(canvas, best, signal, entropy, accepted)
+        unsure = vocabulary.soft_rows(reading, table) & ~done[:, None]
+        mx.async_eval(canvas, best, entropy, accepted, unsure, *([reading.signal] if dense else []))
         counts, means, settled = np.array(mx.stack([accepted.sum(axis=-1), entropy.mean(axis=-1), done])).tolist()
         yield Denoised(
             canvas=index,
             step=step,
-            steps=settings.max_denoising_steps,
-            temperature=temperature,
+            steps=steps,
+            temperature=float(shape.temperature),
             best=best,
             guess=reading.guess,
             accepted=accepted,
@@ -279,6 +273,20 @@ def _denoise(
         )
         if all(settled):
             return
+        rows = np.flatnonzero(np.array(unsure))
+        soft = len(rows)
+        signal = reading.signal
+        if signal is None:
+            signal = vocabulary.sparse_signal(hidden, table, shape, reading.best, mx.array(rows))
+
+
+def _shape(network: Network, settings: GenerationConfig, canvas: mx.array, index: int, step: int) -> vocabulary.Shape:
+    """How this step turns the head's scores into logits."""
+    temperature = sampler.temperature(step, settings.max_denoising_steps, t_min=settings.t_min, t_max=settings.t_max)
+    forbidden = settings.stop_ids if settings.avoid_empty and index == 0 else ()
+    starts = mx.arange(canvas.size) % canvas.shape[1] == 0  # position 0 of every row
+    cap = network.config.final_logit_softcapping
+    return vocabulary.Shape(cap=cap, temperature=temperature, forbidden=forbidden, positions=starts)
 
 
 def _keep(done: mx.array, old: mx.array, new: mx.array) -> mx.array:

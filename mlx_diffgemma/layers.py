@@ -17,6 +17,9 @@ from .masks import Mask
 Memory = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 
 SORT_FROM = 64  # (token, expert) pairs from which sorting by expert pays
+SCORES = 1 << 25  # attention scores that may exist at once
+FUSED_HEADS = (64, 80, 128)  # head sizes for which MLX has a fused attention kernel
+LOWEST = -1e30  # stands for −∞ where ∞ − ∞ would be NaN
 
 
 @partial(mx.compile, shapeless=True)
@@ -82,7 +85,10 @@ class Experts(nn.Module):
         else:
             order = mx.argsort(experts.flatten())  # rows of one expert together
             back = mx.put_along_axis(mx.zeros_like(order), order, mx.arange(order.size, dtype=order.dtype), axis=0)
-            y = self._mlp(x[order // top_k][:, None], experts.flatten()[order], sorted_indices=True)
+            rows = x[:, None][
+                order // top_k
+            ]  # [N · K, 1, H]; adding the axis last would make strides that BLAS dislikes
+            y = self._mlp(rows, experts.flatten()[order], sorted_indices=True)
             y = y[:, 0][back].reshape(tokens, top_k, -1)  # [N, K, H]
         return (y * weights[..., None]).sum(axis=1).astype(x.dtype)
 
@@ -115,7 +121,7 @@ class Attention(nn.Module):
         values = self._split(self.v_proj(x), self.kv_heads) if "v_proj" in self else keys
         keys = self._rotate(self.k_norm(keys), offset)
         keys, values = memory(keys, mx.fast.rms_norm(values, None, self.eps))
-        y = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
+        y = attend(queries, keys, values, mask)
         return self.o_proj(y.transpose(0, 2, 1, 3).flatten(2))
 
     def _split(self, x: mx.array, heads: int) -> mx.array:
@@ -125,6 +131,53 @@ class Attention(nn.Module):
         return mx.fast.rope(
             x, self.head_dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods
         )
+
+
+def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
+    """Softmax attention at scale 1: queries [B, heads, T, D], keys and values [B, kv heads, K, D].
+
+    MLX has fused kernels for small heads only; for others it holds every score at once. Where those would be
+    many (a long prefix, a long chunk), the keys are walked in blocks instead.
+    """
+    block = max(SCORES // (queries.shape[1] * queries.shape[2]), 256)
+    if keys.shape[2] <= block or queries.shape[3] in FUSED_HEADS:
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
+    return attend_blockwise(queries, keys, values, mask, block)
+
+
+def attend_blockwise(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, block: int) -> mx.array:
+    """`attend`, `block` keys at a time, with running sums about a running maximum (arXiv 2205.14135)."""
+    batch, heads, length, dim = queries.shape
+    kv_heads, total = keys.shape[1:3]
+    rows = (batch, kv_heads, heads // kv_heads * length)  # the query heads of one key head stand below each other
+    q = queries.reshape(*rows, dim)
+    top, mass = mx.full((*rows, 1), LOWEST), mx.zeros((*rows, 1))
+    y = mx.zeros((*rows, dim))
+    for start in range(0, total, block):
+        stop = min(start + block, total)
+        after = mx.depends(q, [top, mass, y])  # one block after the other, or all scores would exist at once
+        scores = (after @ keys[:, :, start:stop].swapaxes(-1, -2)).astype(mx.float32)
+        part = visible(mask, length, total, start, stop)
+        if part is not None:
+            scores = mx.where(part, scores.reshape(batch, kv_heads, -1, length, stop - start), LOWEST)
+            scores = scores.reshape(*rows, -1)
+        highest = mx.maximum(top, scores.max(axis=-1, keepdims=True))
+        weights, shrink = mx.exp(scores - highest), mx.exp(top - highest)
+        mass = mass * shrink + weights.sum(axis=-1, keepdims=True)
+        y = y * shrink + weights.astype(values.dtype) @ values[:, :, start:stop]
+        top = highest
+    return (y / mass).astype(queries.dtype).reshape(queries.shape)
+
+
+def visible(mask: Mask, length: int, total: int, start: int, stop: int) -> mx.array | None:
+    """The part of a mask for keys `start` … `stop`, to broadcast over [B, kv heads, heads a key head, T, keys]."""
+    if isinstance(mask, str):  # "causal": the T queries are the last T of the keys
+        if stop <= total - length + 1:
+            return None
+        return mx.arange(start, stop) <= mx.arange(total - length, total)[:, None]
+    if mask is None:
+        return None
+    return mask[..., start:stop] if mask.ndim == 2 else mask[:, :, None, :, start:stop]
 
 
 def periods(layer: LayerConfig) -> mx.array:

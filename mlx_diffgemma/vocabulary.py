@@ -6,14 +6,15 @@ the keys (the head's logits) and the values (the soft embedding).
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
 
-TILE = 16_384  # ids per tile
+TILE = 8_192  # ids per tile
 BLOCK = 256  # ids per entry of the first stage of sampling
 LOWEST = -1e30  # stands for −∞ where ∞ − ∞ would be NaN
+HALF_UNIT = {mx.float32: 2**-25, mx.bfloat16: 2**-9, mx.float16: 2**-12}  # relative, just below 1
 
 Table = nn.Embedding | nn.QuantizedEmbedding
 
@@ -50,7 +51,8 @@ class Reading:
     best: mx.array  # [B, L] int32, the argmax
     guess: mx.array  # [B, L] int32, one draw
     entropy: mx.array  # [B, L] float32, nats
-    signal: mx.array  # [B, L, H], unlike the logits small enough to keep
+    tail: mx.array  # [B, L] float32, the probability of everything but the best
+    signal: mx.array | None  # [B, L, H], unlike the logits small enough to keep; None if it was not asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,25 +73,65 @@ class Shape:
         return mx.where(banned, LOWEST, logits)
 
 
-def read(hidden: mx.array, table: Table, shape: Shape, draws: mx.array | None, *, tile: int = TILE) -> Reading:
+def read(
+    hidden: mx.array,
+    table: Table,
+    shape: Shape,
+    draws: mx.array | None,
+    *,
+    with_signal: bool = True,
+    tile: int = TILE,
+) -> Reading:
     """Hidden states [B, L, H] and one uniform draw in [0, 1) per position → Reading.
 
     The guess inverts the cumulative distribution, in vocabulary order, at the draw: same law as a categorical
     draw, one random number instead of V. Without `draws` the guess is the best token.
     """
     x = hidden.flatten(0, 1)  # [N, H]
-    walk = _Walk(x, table)
-    for ids in _tiles(table.weight.shape[0], tile):
-        logits = shape(_scores(x, table, ids), mx.arange(ids.start, ids.stop))
-        walk.add(logits, ids.start, lambda p, ids=ids: _mix(p, table, ids))
+    walk = _walk(x, table, shape, tile, with_signal)
     guess = walk.best if draws is None else _invert(walk, x, table, shape, draws.flatten())
     grid = hidden.shape[:2]
     return Reading(
         best=walk.best.reshape(grid),
         guess=guess.reshape(grid),
         entropy=walk.entropy().reshape(grid),
-        signal=walk.signal().reshape(*grid, -1),
+        tail=((walk.mass - 1) / walk.mass).reshape(grid),
+        signal=walk.signal().reshape(*grid, -1) if with_signal else None,
     )
+
+
+def soft_rows(reading: Reading, table: Table) -> mx.array:
+    """Positions [B, L] whose distribution is more than one token to the precision of the table's dtype.
+
+    Where the tail is at most half a unit in the last place of 1, the best token's embedding is the signal to
+    within that tail times the table's largest embedding: what rounding does to it anyway.
+    """
+    return reading.tail > HALF_UNIT[table_dtype(table)]
+
+
+def sparse_signal(
+    hidden: mx.array, table: Table, shape: Shape, best: mx.array, rows: mx.array, *, tile: int = TILE
+) -> mx.array:
+    """The signal [B, L, H] with the full product for the flat positions `rows` alone; the others are one token."""
+    signal = scaled(table(best)).flatten(0, 1)
+    if rows.size:
+        soft = replace(shape, positions=None if shape.positions is None else shape.positions[rows])
+        signal[rows] = _walk(hidden.flatten(0, 1)[rows], table, soft, tile, True).signal()
+    return signal.reshape(hidden.shape)
+
+
+def _walk(x: mx.array, table: Table, shape: Shape, tile: int, with_signal: bool) -> "_Walk":
+    """Add up all tiles for x [N, H]."""
+    walk = _Walk(x, table)
+    for ids in _tiles(table.weight.shape[0], tile):
+        # One tile after the other: MLX would else compute every tile's logits first, and hold them all.
+        after = mx.depends(x, walk.state)
+        logits = shape(_scores(after, table, ids), mx.arange(ids.start, ids.stop))
+        before = walk.maximum
+        weight = walk.add(logits, ids.start)
+        if with_signal:
+            walk.add_soft(logits, weight, before, lambda p, ids=ids: _mix(p, table, ids))
+    return walk
 
 
 def _tiles(vocabulary: int, tile: int) -> Iterator[slice]:
@@ -123,8 +165,8 @@ class _Walk:
         self.soft = mx.zeros((positions, hidden_size))
         self.blocks: list[tuple[mx.array, mx.array]] = []  # per tile: mass per block [N, n], and its maximum [N]
 
-    def add(self, logits: mx.array, start: int, mix: Callable[[mx.array], mx.array]) -> None:
-        """One tile of shaped logits [N, n], whose first id is `start`; `mix` multiplies by its rows of the table."""
+    def add(self, logits: mx.array, start: int) -> mx.array:
+        """One tile of shaped logits [N, n], whose first id is `start`; returns its weights."""
         top = logits.max(axis=-1)
         maximum = mx.maximum(self.maximum, top)
         self.best = mx.where(top > self.maximum, start + logits.argmax(axis=-1).astype(mx.int32), self.best)
@@ -136,13 +178,25 @@ class _Walk:
         self.slope = shrink * (self.slope + self.mass * shift) + (weight * above).sum(axis=-1)
         self.mass = shrink * self.mass + blocks.sum(axis=-1)
         self.blocks.append((blocks, maximum))
+        self.maximum = maximum
+        return weight
+
+    def add_soft(
+        self, logits: mx.array, weight: mx.array, before: mx.array, mix: Callable[[mx.array], mx.array]
+    ) -> None:
+        """The tile's share of the signal. `before` is the maximum without it; `mix` multiplies by its rows."""
+        shrink = mx.exp(before - self.maximum)
         if self.dtype != mx.float32:
-            rounded, before = self._round(maximum), self._round(self.maximum)
-            shrink = mx.exp(before - rounded)
+            rounded = self._round(self.maximum)
+            shrink = mx.exp(self._round(before) - rounded)
             weight = mx.exp(self._round(logits) - rounded[:, None])
         self.soft_mass = shrink * self.soft_mass + weight.sum(axis=-1)
         self.soft = shrink[:, None] * self.soft + mix(weight.astype(self.dtype)).astype(mx.float32)
-        self.maximum = maximum
+
+    @property
+    def state(self) -> list[mx.array]:
+        """The running sums."""
+        return [self.maximum, self.best, self.mass, self.slope, self.soft_mass, self.soft]
 
     def _round(self, x: mx.array) -> mx.array:
         return x.astype(self.dtype).astype(mx.float32)
