@@ -22,7 +22,6 @@ from mlx_vlm.models.diffusion_gemma import ModelConfig as PeerConfig
 
 from benchmarks import common
 from mlx_diffgemma import sampler, vocabulary
-from mlx_diffgemma.cache import PrefixCache
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.network import Network
 from mlx_diffgemma.noise import SeededNoise
