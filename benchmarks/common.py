@@ -55,6 +55,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM now."""
+    if Path("/proc/self/statm").exists():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(_output("ps", "-o", "rss=", "-p", str(os.getpid()))) * 1024
+
+
 def alternate(functions: Mapping[str, Callable[[], object]], runs: int, warmup: int = 1) -> dict[str, list[float]]:
     """Seconds of every run by name, in the order A B A B …: what slows the machine down slows all of them.
 
