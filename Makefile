@@ -5,6 +5,8 @@ BIN := .venv/bin
 BLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0))
 RUN := $(if $(BLAS),LD_PRELOAD=$(BLAS)) $(BIN)/python -m
 
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
 .PHONY: demo test lint bench
 demo: .venv/demo
 	$(RUN) mlx_diffgemma.generate
