@@ -172,17 +172,12 @@ def small(folder: Path, *, seed: int = 0, dtype: str = "BF16", **options: Any) -
     return write(folder, options.pop("config", None) or small_config(), dtype=dtype, **options)
 
 
-def sparse(folder: Path) -> Path:
-    """The released checkpoint without its content: 51.6 GB of which next to nothing is on disk."""
-    return write(folder, published("released/config.json"))
-
-
-def full_size(folder: Path, seed: int = 0) -> Path:
-    """The released checkpoint with random content (51.6 GB on disk): one random block, begun anew in every tensor."""
+def block_fill(seed: int = 0) -> Fill:
+    """Random bf16 values, for checkpoints of many gigabytes: one random block, begun elsewhere in every tensor."""
     rng = np.random.default_rng(seed)
     block = as_raw(mx.array(0.02 * rng.standard_normal(1 << 24, np.float32)).astype(mx.bfloat16))
 
     def fill(name: str, shape: tuple[int, ...]) -> bytes:
         return np.resize(np.roll(block, zlib.crc32(name.encode()) % len(block)), math.prod(shape)).tobytes()
 
-    return write(folder, published("released/config.json"), fill=fill)
+    return fill

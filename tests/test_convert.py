@@ -75,17 +75,21 @@ KINDS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-def inputs(vocabulary: int) -> tuple[mx.array, mx.array, mx.array]:
+def inputs(size: int) -> tuple[mx.array, mx.array, mx.array]:
     """A prompt longer than the sliding window, a canvas, and the logits of a step before."""
     rng = np.random.default_rng(0)
-    prompt, canvas = (mx.array(rng.integers(0, vocabulary, (1, length))) for length in (21, 32))
-    return prompt, canvas, mx.array(3 * rng.standard_normal((1, 32, vocabulary), np.float32))
+    prompt, canvas = (mx.array(rng.integers(0, size, (1, length))) for length in (21, 32))
+    return prompt, canvas, mx.array(3 * rng.standard_normal((1, 32, size), np.float32))
+
+
+def vocabulary(folder: Path) -> int:
+    return json.loads((folder / "config.json").read_text())["text_config"]["vocab_size"]
 
 
 def our_logits(folder: Path) -> mx.array:
     network = load_network(folder)
     network.set_dtype(mx.float32)
-    prompt, canvas, before = inputs(network.config.vocab_size)
+    prompt, canvas, before = inputs(vocabulary(folder))
     cache = network.make_cache()
     network.encode(prompt, cache)
     return network.logits(canvas, cache, before)
@@ -95,7 +99,7 @@ def mlx_vlms_logits(folder: Path) -> mx.array:
     from mlx_vlm.utils import load_model
 
     model = load_model(folder)
-    prompt, canvas, before = inputs(model.config.text_config.vocab_size)
+    prompt, canvas, before = inputs(vocabulary(folder))
     return model(input_ids=prompt, canvas_ids=canvas, self_conditioning_logits=before).logits
 
 
@@ -104,7 +108,7 @@ def transformers_logits(folder: Path) -> mx.array:
     from transformers import DiffusionGemmaForBlockDiffusion
 
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    prompt, canvas, before = (torch.tensor(np.array(a)) for a in inputs(model.config.text_config.vocab_size))
+    prompt, canvas, before = (torch.tensor(np.array(array)) for array in inputs(vocabulary(folder)))
     with torch.no_grad():
         answer = model(input_ids=prompt.long(), decoder_input_ids=canvas.long(), self_conditioning_logits=before)
     return mx.array(answer.logits.numpy())

@@ -26,8 +26,8 @@ def by_component(recipe: Recipe) -> dict[str, str]:
     return {name: size.packing for name, size in quantize.sizes(recipe, plan(recipe)).items()}
 
 
-# Totals of the released model. bf16 is the published figure; q8 is the published 8bit pack, which packs embed_vision too.
-# The mx and nv totals are q4's with the experts' bytes exchanged: 4.25, 8.25 and 4.5 bits a weight.
+# Totals of the released model. bf16 is the published figure; q8 is the published 8bit pack, which packs embed_vision
+# too. The mx and nv totals are q4's with the experts' bytes exchanged: 4.25, 8.25 and 4.5 bits a weight.
 EXPERTS = 22_837_985_280
 EMBED_VISION = 2816 * 1152
 Q4 = 16_556_429_016
