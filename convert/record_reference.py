@@ -75,13 +75,14 @@ VISION = {
     "num_hidden_layers": 1,
     "position_embedding_size": 4,
 }
+Model = Any  # DiffusionGemmaForBlockDiffusion; its annotations do not fit how it is called
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 # --- The reference as functions ------------------------------------------------------------------------------------
 
 
-def small_model(config: dict[str, Any], weights: dict[str, Any]) -> DiffusionGemmaForBlockDiffusion:
+def small_model(config: dict[str, Any], weights: dict[str, Any]) -> Model:
     """transformers' model in float32 with `random_weights(**weights)`."""
     model = DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig.from_dict({**config, "vision_config": VISION})).eval()
     model.set_experts_implementation("eager")
@@ -100,7 +101,7 @@ def small_model(config: dict[str, Any], weights: dict[str, Any]) -> DiffusionGem
 
 
 def encode(
-    model: DiffusionGemmaForBlockDiffusion,
+    model: Model,
     prompt: np.ndarray,
     padding: np.ndarray,
     canvases: np.ndarray,
@@ -122,7 +123,7 @@ def encode(
 
 
 def decode(
-    model: DiffusionGemmaForBlockDiffusion,
+    model: Model,
     canvas: np.ndarray,
     cache: DynamicCache,
     mask: torch.Tensor,
@@ -145,7 +146,7 @@ def decode(
 
 
 @contextmanager
-def router_gaps(model: DiffusionGemmaForBlockDiffusion) -> Iterator[list[float]]:
+def router_gaps(model: Model) -> Iterator[list[float]]:
     """Collects, per router call, the smallest lead of a chosen expert's score over the best one left out. At a gap of
     rounding size two correct runs may take different experts."""
     gaps: list[float] = []
@@ -284,7 +285,7 @@ def margins(
 
 
 def trajectory(
-    model: DiffusionGemmaForBlockDiffusion, prompts: list[list[int]], settings: dict[str, Any], seed: int
+    model: Model, prompts: list[list[int]], settings: dict[str, Any], seed: int
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Run `generate` on prompts of ids with our GenerationConfig's options; the arrays of a file of kind "trajectory",
     and its margins."""
@@ -432,6 +433,7 @@ RUNS = {
     "third": Run(lengths=(16,)),
     "behind-window": Run(lengths=(53,)),
     "batch": Run(lengths=(30, 9, 1), settings={"stop_ids": list(range(1, 9))}),
+    "early-batch": Run(lengths=(8, 6, 3), settings={"stability_threshold": 0, "confidence_threshold": 0.01}),
     "stop": Run(lengths=(7,), settings={"stop_ids": list(range(1, 25))}),
     "steps-run-out": Run(lengths=(7,), settings={"max_denoising_steps": 6}),
     "no-stability": Run(lengths=(7,), settings={"stability_threshold": 0, "confidence_threshold": 0.05}),
@@ -528,7 +530,8 @@ def main() -> None:
             "versions": versions(),
             "commit": commit(),
         }
-        np.savez_compressed(options.out / f"{name}.npz", provenance=json.dumps(provenance), **arrays)
+        contents: dict[str, Any] = arrays | {"provenance": np.array(json.dumps(provenance))}
+        np.savez_compressed(options.out / f"{name}.npz", **contents)
         print(name, {key: provenance[key] for key in ("cases", "margins", "seed") if key in provenance})
 
 

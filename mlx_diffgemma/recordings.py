@@ -141,7 +141,7 @@ def replay_trajectory(recording: Recording, network: "Network") -> list[str]:
     noise = RecordedNoise(told["canvas"], told["draws"], told["ids"], name=recording.name)
     departures, canvases = [], 0
 
-    def same(what: str, mine: Any, theirs: Any, *where: int) -> None:
+    def same(what: str, mine: Any, theirs: Any, *where: Any) -> None:
         if not np.array_equal(mine, theirs):
             departures.append(f"{recording.name}: {what} of canvas, step, row {where}: {mine} instead of {theirs}")
 
