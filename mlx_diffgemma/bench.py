@@ -16,7 +16,6 @@ import click
 from . import __version__
 from .cli import command, model_options, open_model
 from .errors import ConfigError, PromptError
-from .generate import statistics_json
 
 if TYPE_CHECKING:
     from .pipeline import DiffusionGemma
@@ -50,8 +49,7 @@ FIGURES = {  # key → what it is called in a table
 @click.option("--output", metavar="FILE", default="bench.json", show_default=True, help="Where the figures go.")
 @click.option("--compare", nargs=2, metavar="A.json B.json", help="Measure nothing: print two files side by side.")
 def main(
-    model: str | None,
-    adapter: str | None,
+    source: dict[str, Any],
     repeat: int,
     only: tuple[str, ...],
     output: str,
@@ -65,8 +63,8 @@ def main(
     if not target.absolute().parent.is_dir():
         raise ConfigError(f"cannot write {output}: there is no folder {target.parent}.")
     begun = time.perf_counter()
-    loaded = open_model(model, adapter)
-    about = machine() | describe(loaded, model) | {"load_seconds": time.perf_counter() - begun}
+    loaded = open_model(source)
+    about = machine() | describe(loaded, source.get("model")) | {"load_seconds": time.perf_counter() - begun}
     found: dict[str, Any] = {}
     for name in only or PROMPTS:
         try:
@@ -87,6 +85,7 @@ def measure(model: "DiffusionGemma", prompt: str, tokens: int, repeat: int) -> d
 
 def _run(model: "DiffusionGemma", prompt: str, tokens: int, seed: int) -> dict[str, Any]:
     from .engine import Committed, Finished
+    from .render import statistics_json
 
     begun, first, result = time.perf_counter(), 0.0, None
     for event in model.stream(prompt, seed=seed, max_tokens=tokens):

@@ -10,7 +10,6 @@ import click
 
 from .cli import command, generation_options, model_options, open_model
 from .errors import DiffGemmaError
-from .generate import on_terminal, summary
 
 if TYPE_CHECKING:
     from .pipeline import DiffusionGemma, Result
@@ -23,15 +22,14 @@ if TYPE_CHECKING:
 @click.option("--show-thinking", is_flag=True, help="Print the thoughts before each answer.")
 @generation_options
 def main(
-    model: str | None,
-    adapter: str | None,
+    source: dict[str, Any],
     system_prompt: str | None,
     thinking: bool | None,
     show_thinking: bool,
     options: dict[str, Any],
 ) -> None:
     """Talk with the model. /help lists what else can be typed; Ctrl-C stops an answer, Ctrl-D ends the talk."""
-    loaded = open_model(model, adapter)
+    loaded = open_model(source)
     options |= {"enable_thinking": thinking} if thinking is not None else {}
     talk = Talk(loaded, system_prompt, options, show_thinking=show_thinking)
     ask = _line_editor()
@@ -61,7 +59,7 @@ class Talk:
         events = self.chat.stream(text)
         try:
             shown = render.with_thinking(events) if self.show_thinking else events
-            self.last = render.show(shown, on_terminal(self.model)).result
+            self.last = render.show(shown, render.on_stdout(self.model.tokenizer.decode)).result
         except KeyboardInterrupt:
             click.echo("(stopped: this turn is forgotten)", err=True)
 
@@ -100,7 +98,9 @@ class Talk:
 
     def stats(self, _: str) -> None:
         """what the last answer cost"""
-        click.echo(summary(self.last) if self.last else "nothing was said yet")
+        from . import render
+
+        click.echo(render.summary(self.last) if self.last else "nothing was said yet")
 
     def exit(self, _: str) -> None:
         """end the talk, as Ctrl-D does"""

@@ -95,30 +95,39 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
     return decorate
 
 
+_LOADING: dict[str, dict[str, Any]] = {
+    "model": {"metavar": "PATH|REPO", "help": "A folder or Hub repository.  [default: the small built-in model]"},
+    "adapter": {"metavar": "PATH", "help": "A LoRA adapter made by mlx_diffgemma.train."},
+    "trunk": {
+        "type": click.Choice(["auto", "packed", "bf16"]),
+        "help": "All but the experts: as in the pack, or unpacked (same values, faster, larger).  [default: auto]",
+    },
+    "memory_limit": {"type": click.FloatRange(0, min_open=True), "metavar": "GB", "help": "The most memory to use."},
+}
+
+
 def model_options(function: Callable[..., None]) -> Callable[..., None]:
-    """`--model` and `--adapter`."""
-    function = click.option(
-        "--adapter", "--adapter-path", metavar="PATH", help="A LoRA adapter made by mlx_diffgemma.train."
-    )(function)
-    return click.option(
-        "--model", metavar="PATH|REPO", help="A folder or Hub repository.  [default: the small built-in model]"
-    )(function)
+    """What `open_model` takes, handed over as one dict `source` that holds what the user set and nothing else."""
+    return _gathered(function, "source", _LOADING, {"adapter": ["--adapter-path"]})
 
 
-def open_model(model: str | None, adapter: str | None = None, *, quiet: bool = False) -> "DiffusionGemma":
-    """Load `--model`, or the built-in one with a line that says how to get the real one."""
+def open_model(source: dict[str, Any], *, quiet: bool = False) -> "DiffusionGemma":
+    """Load the model, or the built-in one with a line that says how to get the real one."""
     from rich.console import Console
 
     from .pipeline import load
 
     stderr = Console(stderr=True, quiet=quiet)
-    if model is None:
+    if "model" not in source:
         stderr.print(
             "The small built-in model. The real one: mlx_diffgemma.convert, then --model PATH (README: The real model)",
             style="dim",
         )
-    with stderr.status(f"Loading {model or 'the built-in model'}"):
-        return load(model or BUILT_IN, adapter=adapter)
+    options = {name: value for name, value in source.items() if name not in ("model", "memory_limit")}
+    if "memory_limit" in source:
+        options["memory_limit"] = int(source["memory_limit"] * 1e9)
+    with stderr.status(f"Loading {source.get('model', 'the built-in model')}"):
+        return load(source.get("model", BUILT_IN), **options)
 
 
 _POSITIVE, _NUMBER = click.IntRange(1), click.FloatRange(0)
@@ -143,13 +152,19 @@ def generation_options(function: Callable[..., None]) -> Callable[..., None]:
 
     Without them the checkpoint's generation_config.json decides, and where that is silent, the reference.
     """
+    return _gathered(function, "options", _GENERATION, {"max_tokens": ["-m"]})
+
+
+def _gathered(
+    function: Callable[..., None], argument: str, table: dict[str, dict[str, Any]], also: dict[str, list[str]]
+) -> Callable[..., None]:
+    """Add the options of `table` to a command; their values arrive together in one dict. `also`: other spellings."""
 
     @wraps(function)
     def gather(*args: Any, **values: Any) -> None:
-        chosen = {name: values.pop(name) for name in _GENERATION}
-        function(*args, **values, options={name: value for name, value in chosen.items() if value is not None})
+        chosen = {name: values.pop(name) for name in table}
+        function(*args, **values, **{argument: {name: v for name, v in chosen.items() if v is not None}})
 
-    for name, settings in reversed(_GENERATION.items()):
-        short = ["-m"] if name == "max_tokens" else []
-        click.option(*short, "--" + name.replace("_", "-"), **settings)(gather)
+    for name, settings in reversed(table.items()):
+        click.option("--" + name.replace("_", "-"), *also.get(name, []), name, **settings)(gather)
     return gather

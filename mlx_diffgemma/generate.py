@@ -1,7 +1,7 @@
 """`mlx_diffgemma.generate`: a reply to one prompt, on a live canvas, as bare text or as JSON."""
 
-import dataclasses
 import json
+import secrets
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from .errors import PromptError
 
 if TYPE_CHECKING:
     from .engine import Statistics
+    from .noise import SeededNoise
     from .pipeline import DiffusionGemma, Result
     from .render import Sink
     from .tokenizer import Message
@@ -29,18 +30,21 @@ EXAMPLE = "Solve this Sudoku:\n1.. 2.5\n5.2 ...\n.53 421\n241 .63\n..5 1..\n..6 
 @click.option("--show-thinking", is_flag=True, help="Print the thoughts before the answer.")
 @click.option("--json", "form", flag_value="json", help="Print one JSON object: text, ids, steps, timings, seed, …")
 @click.option("--events", "form", flag_value="events", help="Print one JSON line for each event as it happens.")
+@click.option("--noise", metavar="FILE", help="Repeat a run from the noise it saved, on any machine.")
+@click.option("--save-noise", metavar="FILE", help="Save the noise of this run.")
 @click.option("--record", metavar="FILE", help="Save what the canvas did as .svg, .html or .cast.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the reply and nothing else.")
 @generation_options
 def main(
-    model: str | None,
-    adapter: str | None,
+    source: dict[str, Any],
     prompt: str | None,
     messages: str | None,
     system_prompt: str | None,
     thinking: bool | None,
     show_thinking: bool,
     form: str | None,
+    noise: str | None,
+    save_noise: str | None,
     record: str | None,
     quiet: bool,
     options: dict[str, Any],
@@ -48,25 +52,46 @@ def main(
     """Write a reply to a prompt. On a terminal the canvas is shown as it settles; a pipe gets the bare text."""
     if form and show_thinking:
         raise click.UsageError(f"--{form} holds the thoughts already: --show-thinking would do nothing.")
-    example = model is None and prompt is None and messages is None
-    asked = conversation(EXAMPLE if example else prompt, messages, system_prompt)
+    example = "model" not in source and prompt is None and messages is None
+    if noise and save_noise:
+        raise click.UsageError("--noise has its noise already: --save-noise would only copy it.")
+    asked, chosen = conversation(EXAMPLE if example else prompt, messages, system_prompt), dict(options)
     from . import render
+    from .noise import NoiseRecorder, RecordedNoise
 
     recording = render.Recording(record) if record else None  # before the model is loaded: it refuses bad names
     talkative = not quiet and form is None
-    loaded = open_model(model, adapter, quiet=not talkative)
+    loaded = open_model(source, quiet=not talkative)
+    decode = loaded.tokenizer.decode
     if example and talkative:
         click.echo(EXAMPLE + "\n", err=True)
-    sinks: list[Sink] = [] if form == "json" else [on_terminal(loaded, events=form == "events", bare=quiet)]
+    sinks: list[Sink] = [] if form == "json" else [render.on_stdout(decode, events=form == "events", bare=quiet)]
     if recording:
         recording.commit(asked[-1]["content"] + "\n\n")
-        sinks.append(render.Live(recording, loaded.tokenizer.decode))
+        sinks.append(render.Live(recording, decode))
+    recorder = None
+    if noise:
+        options["noise"] = RecordedNoise.load(noise)
+    elif save_noise:
+        recorder = options["noise"] = NoiseRecorder(seeded(loaded, options))
     events = loaded.stream(asked, enable_thinking=thinking, **options)
     result = render.show(render.with_thinking(events) if show_thinking else events, *sinks).result
+    if recorder and save_noise:
+        recorder.save(save_noise, prompt=asked, settings=dataclasses.asdict(loaded.generation_config) | chosen)
     if form == "json":
-        click.echo(json.dumps(result_json(result), ensure_ascii=False))
+        click.echo(json.dumps(render.result_json(result), ensure_ascii=False))
     elif talkative:
-        click.echo(summary(result), err=True)
+        click.echo(render.summary(result), err=True)
+
+
+def seeded(model: "DiffusionGemma", options: dict[str, Any]) -> "SeededNoise":
+    """The noise a run with these options would use; takes the seed out of them."""
+    from .noise import SeededNoise
+
+    seed = options.pop("seed", None)
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    length = options.get("canvas_length") or model.config.canvas_length
+    return SeededNoise([seed], length=length, vocabulary=model.config.vocab_size)
 
 
 def conversation(prompt: str | None, messages: str | None, system_prompt: str | None) -> "list[Message]":
@@ -101,56 +126,6 @@ def _messages(file: str) -> "list[Message]":
     if not isinstance(found, list) or not found or not all(isinstance(m, dict) and "role" in m for m in found):
         raise PromptError(f'{file}: expected a list of messages [{{"role": "user", "content": "…"}}, …].')
     return found
-
-
-def on_terminal(model: "DiffusionGemma", *, events: bool = False, bare: bool = False) -> "Sink":
-    """The live canvas on a terminal, bare text elsewhere, JSON lines if asked for."""
-    from rich.console import Console
-
-    from . import render
-
-    console = Console()
-    if events:
-        return render.JsonLines(sys.stdout, model.tokenizer.decode)
-    if bare or not console.is_terminal or console.is_dumb_terminal:
-        return render.Plain(sys.stdout)
-    return render.Live(render.Terminal(console), model.tokenizer.decode, color=not console.no_color)
-
-
-def result_json(result: "Result") -> dict[str, Any]:
-    """Everything about a reply as plain data; seconds and bytes are in the names."""
-    return {
-        "text": result.text,
-        "thinking": result.thinking,
-        "tool_calls": result.tool_calls,
-        "ids": list(result.tokens),
-        "finish_reason": result.finish_reason,
-        "seed": result.seed,
-        "canvases": [dataclasses.asdict(canvas) for canvas in result.canvases],
-        "statistics": statistics_json(result.stats),
-    }
-
-
-def statistics_json(statistics: "Statistics") -> dict[str, Any]:
-    derived = ("seconds_per_step", "tokens_per_second")
-    return dataclasses.asdict(statistics) | {name: getattr(statistics, name) for name in derived}
-
-
-def summary(result: "Result") -> str:
-    """One line: how much, how fast, in how many steps, and what departed from the reference."""
-    s = result.stats
-    steps = [canvas.steps for canvas in result.canvases]
-    unsettled = sum(not canvas.settled for canvas in result.canvases)
-    parts = [
-        f"{s.generated_tokens} tokens in {s.denoise_seconds + s.commit_seconds:.2f} s",
-        f"{s.tokens_per_second:.1f} tokens/s",
-        f"{sum(steps) / max(len(steps), 1):.1f} steps a canvas" + f" ({unsettled} not settled)" * bool(unsettled),
-        f"{s.seconds_per_step:.3f} s a step",
-        f"peak {s.peak_memory_bytes / 1e9:.2f} GB",
-        f"seed {result.seed}",
-    ]
-    departures = [f"not the reference: {name}={value}" for name, value in s.departures.items()]
-    return " · ".join(parts + departures + ["stopped at --max-tokens"] * (result.finish_reason == "length"))
 
 
 if __name__ == "__main__":

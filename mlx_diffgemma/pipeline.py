@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -18,13 +18,15 @@ from . import checkpoint, engine, quantize
 from .cache import PrefixCache, Snapshot
 from .config import GenerationConfig, ModelConfig
 from .engine import CanvasRow, Committed, Event, Finished, Prefilled, Statistics
-from .errors import BusyError, MemoryLimitError, NoiseError, PromptError, TokenizerError
+from .errors import BusyError, ConfigError, MemoryLimitError, NoiseError, PromptError, TokenizerError
 from .network import Network
 from .noise import Noise, RecordedNoise, SeededNoise
 from .tokenizer import Message, Tokenizer
 
 Prompt = str | list[Message] | list[int]
 
+Trunk = Literal["auto", "packed", "bf16"]
+ROOMY_PREFIX = 32_768  # tokens of prefix that must still fit for the trunk to be unpacked by itself
 CACHE_LIMIT = 1 << 30  # bytes of freed buffers MLX may keep for reuse
 
 
@@ -43,15 +45,25 @@ class Result:
 
 
 def load(
-    path_or_repo: str | Path, *, revision: str | None = None, adapter: str | Path | None = None
+    path_or_repo: str | Path,
+    *,
+    revision: str | None = None,
+    adapter: str | Path | None = None,
+    trunk: Trunk = "auto",
+    memory_limit: int | None = None,
 ) -> "DiffusionGemma":
     """Load a model: a pack made by `mlx_diffgemma.convert`, an mlx-community pack, or a Hugging Face folder.
 
-    `adapter` is a folder written by `mlx_diffgemma.train`. Errors: CheckpointError, ConfigError.
+    `adapter` is a folder written by `mlx_diffgemma.train`. `trunk` says how everything but the experts is held:
+    "packed" as the pack has it, "bf16" unpacked (the same values, faster products, more memory), "auto" unpacked
+    on a GPU with room for it. `memory_limit` in bytes is this process's budget, instead of what the machine has.
+    Errors: CheckpointError, ConfigError, MemoryLimitError.
     """
     folder = checkpoint.resolve(path_or_repo, revision=revision)
-    _check_memory(checkpoint.read_config(folder), sum(file.stat().st_size for file in folder.glob("*.safetensors")))
+    config, limit = checkpoint.read_config(folder), memory_limit or machine_limit()
+    _check_memory(config, sum(file.stat().st_size for file in folder.glob("*.safetensors")), limit)
     network = checkpoint.load_network(folder)
+    _settle_trunk(network, trunk, limit)
     if adapter is not None:
         from . import adapters
 
@@ -65,7 +77,7 @@ def load(
         stop_ids = tuple(dict.fromkeys((*generation_config.stop_ids, *tokenizer.stop_ids)))
         generation_config = generation_config.replace(stop_ids=stop_ids)
     mx.set_cache_limit(CACHE_LIMIT)
-    return DiffusionGemma(network, tokenizer, generation_config, folder=folder)
+    return DiffusionGemma(network, tokenizer, generation_config, folder=folder, memory_limit=limit)
 
 
 class DiffusionGemma:
@@ -78,9 +90,10 @@ class DiffusionGemma:
         generation_config: GenerationConfig,
         *,
         folder: Path | None = None,
+        memory_limit: int | None = None,
     ):
         self.network, self._tokenizer, self.generation_config = network, tokenizer, generation_config
-        self.folder = folder
+        self.folder, self.memory_limit = folder, memory_limit or machine_limit()
         self._lock = threading.Lock()
 
     @property
@@ -184,8 +197,8 @@ class DiffusionGemma:
                 f"{noise.name} is for {noise.batch_size} prompts and canvases of {noise.length};"
                 f" this run has {len(prompts)} and {length}."
             )
-        weights = sum(array.nbytes for array in dict(tree_flatten(self.network.parameters())).values())
-        _check_memory(self.config, weights, max(map(len, prompts)) + settings.max_tokens, rows=len(prompts))
+        prefix = max(map(len, prompts)) + settings.max_tokens
+        _check_memory(self.config, _weight_bytes(self.network), self.memory_limit, prefix, rows=len(prompts))
         if not self._lock.acquire(blocking=False):
             raise BusyError(
                 "this model is generating already; a model serves one thread at a time.\n"
@@ -206,16 +219,34 @@ class DiffusionGemma:
             mx.clear_cache()
 
 
-def memory_limit() -> int:
+def machine_limit() -> int:
     """Bytes this process may use: what Metal lends it, else the memory of the GPU or of the machine."""
     info = mx.device_info()
     lent = info.get("max_recommended_working_set_size") or info.get("total_memory")
     return int(lent or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def _check_memory(config: ModelConfig, weights: int, prefix: int = 0, *, rows: int = 1) -> None:
+def _weight_bytes(network: Network) -> int:
+    return sum(array.nbytes for array in dict(tree_flatten(network.parameters())).values())
+
+
+def _settle_trunk(network: Network, trunk: Trunk, limit: int) -> None:
+    """Unpack the trunk if it was asked for, or if there is a GPU and room for a long prefix beside it.
+
+    Errors: ConfigError for a word that is none of the three, or when there is nothing to unpack.
+    """
+    if trunk not in get_args(Trunk):
+        raise ConfigError(f"trunk is {trunk!r}, expected {', '.join(map(repr, get_args(Trunk)))}.")
+    growth = quantize.unpacked_growth(network)
+    if trunk == "bf16" and not growth:
+        raise ConfigError("trunk='bf16' would do nothing: this pack's trunk is not packed.")
+    roomy = quantize.memory_needed(network.config, _weight_bytes(network) + growth, ROOMY_PREFIX) <= limit
+    if trunk == "bf16" or (trunk == "auto" and growth and roomy and mx.default_device() == mx.gpu):
+        quantize.unpack_trunk(network)
+
+
+def _check_memory(config: ModelConfig, weights: int, limit: int, prefix: int = 0, *, rows: int = 1) -> None:
     """Errors: MemoryLimitError when the weights, or they and the context, cannot fit; says what would."""
-    limit = memory_limit()
 
     def needed(prefix: int) -> int:
         whole = quantize.memory_needed(config, weights, prefix)

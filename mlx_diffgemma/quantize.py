@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from math import prod
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from .config import ModelConfig, Quantization, Recipe
 from .errors import ConfigError
@@ -140,6 +142,38 @@ def dequantize(parts: Mapping[str, mx.array], how: Quantization, dtype: mx.Dtype
         mode=how.mode,
         dtype=dtype,
     )
+
+
+def packed_trunk(network: nn.Module) -> dict[str, nn.QuantizedLinear | nn.QuantizedEmbedding]:
+    """The packed modules outside the experts, by path."""
+    kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    return {path: module for path, module in network.named_modules() if isinstance(module, kinds)}
+
+
+def unpacked_growth(network: nn.Module) -> int:
+    """How many bytes `unpack_trunk` would add."""
+    growth = 0
+    for module in packed_trunk(network).values():
+        unpacked = module.weight.size * 32 // module.bits * module.scales.dtype.size
+        growth += unpacked - sum(array.nbytes for array in module.parameters().values() if isinstance(array, mx.array))
+    return growth
+
+
+def unpack_trunk(network: nn.Module) -> None:
+    """Store everything but the experts as plain matrices with the values the packed ones stand for.
+
+    The same model, larger: with 256 rows a product is bound by arithmetic, where a packed one is the slower.
+    """
+    unpacked = []
+    for path, module in packed_trunk(network).items():
+        dtype = module.scales.dtype if module.mode == "affine" else mx.bfloat16
+        how = Quantization(bits=module.bits, group_size=module.group_size, mode=module.mode)
+        plain = nn.Linear(1, 1, bias=False) if isinstance(module, nn.QuantizedLinear) else nn.Embedding(1, 1)
+        plain.weight = dequantize(module, how, dtype)
+        mx.eval(plain.weight)
+        unpacked.append((path, plain))
+    network.update_modules(tree_unflatten(unpacked))
+    mx.clear_cache()
 
 
 # ------------------------------------------------------------------------------------------------------ the report

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -105,7 +104,7 @@ def test_what_does_not_fit_in_memory_is_refused(
     weights = sum(array.nbytes for array in cast(dict[str, mx.array], mx.load(f"{model}/model.safetensors")).values())
     config = checkpoint.read_config(Path(model))
     limit = quantize.memory_needed(config, int(share * weights), prefix)
-    monkeypatch.setattr(pipeline, "memory_limit", lambda: limit)
+    monkeypatch.setattr(pipeline, "machine_limit", lambda: limit)
     result = run("generate", "--model", model, "-p", "hi" * 200)
     assert result.exit_code == 1
     assert message in result.stderr
@@ -147,16 +146,15 @@ def test_ctrl_c_ends_with_130_and_no_traceback(model: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])
-def test_help_is_quick_and_does_not_wait_for_mlx(name: str) -> None:
+def test_help_does_not_wait_for_mlx(name: str) -> None:
+    """Importing MLX, transformers or numpy is what takes seconds; click alone answers in a tenth of one."""
     module = f"mlx_diffgemma.{name}" if name else "mlx_diffgemma"
-    seconds = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        result = shell(module, "--help")
-        seconds.append(time.perf_counter() - begun)
-        assert result.returncode == 0 and "Usage:" in result.stdout
-        assert not result.stderr, "a command warns when it is run as a module"
-    assert min(seconds) < 0.3
+    slow = "mlx", "mlx_lm", "transformers", "numpy", "rich"
+    look = f"import sys, atexit; atexit.register(lambda: print(*(set({slow!r}) & set(sys.modules)), file=sys.stderr))"
+    script = f"{look}; sys.argv = ['x', '--help']; import runpy; runpy.run_module({module!r}, run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0 and "Usage:" in result.stdout
+    assert not result.stderr.strip(), "what it imported, or a warning"
 
 
 def test_every_command_is_listed_and_every_option_explained() -> None:
