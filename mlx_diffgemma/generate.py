@@ -1,5 +1,6 @@
 """`mlx_diffgemma.generate`: a reply to one prompt, on a live canvas, as bare text or as JSON."""
 
+import dataclasses
 import json
 import secrets
 import sys
@@ -12,9 +13,8 @@ from .cli import command, generation_options, model_options, open_model
 from .errors import PromptError
 
 if TYPE_CHECKING:
-    from .engine import Statistics
     from .noise import SeededNoise
-    from .pipeline import DiffusionGemma, Result
+    from .pipeline import DiffusionGemma
     from .render import Sink
     from .tokenizer import Message
 

@@ -5,6 +5,7 @@ A sink takes events one by one; `show` feeds them. Arrays of an event are lazy, 
 
 import html
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -15,11 +16,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
 from rich.cells import cell_len, split_graphemes
 from rich.console import Console
 
-from .engine import Committed, Denoised, Event, Finished, Prefilled
+from .engine import Committed, Denoised, Event, Finished, Prefilled, Statistics
 from .errors import ConfigError
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+    from .pipeline import Result
 
 Glyph = tuple[str, int]  # what the eye takes for one character, and how many cells it fills
 Cell = tuple[str, int, str]  # the same with its style
@@ -125,6 +128,42 @@ def event_json(event: Event, decode: Decode) -> dict[str, Any]:
 def _row(array: "mx.array") -> list[Any]:
     """The only prompt's row [L] of an array [1, L]."""
     return cast(list[Any], array[0].tolist())
+
+
+def result_json(result: "Result") -> dict[str, Any]:
+    """Everything about a reply as plain data; seconds and bytes are in the names."""
+    return {
+        "text": result.text,
+        "thinking": result.thinking,
+        "tool_calls": result.tool_calls,
+        "ids": list(result.tokens),
+        "finish_reason": result.finish_reason,
+        "seed": result.seed,
+        "canvases": [asdict(canvas) for canvas in result.canvases],
+        "statistics": statistics_json(result.stats),
+    }
+
+
+def statistics_json(statistics: "Statistics") -> dict[str, Any]:
+    derived = ("seconds_per_step", "tokens_per_second")
+    return asdict(statistics) | {name: getattr(statistics, name) for name in derived}
+
+
+def summary(result: "Result") -> str:
+    """One line: how much, how fast, in how many steps, and what departed from the reference."""
+    s = result.stats
+    steps = [canvas.steps for canvas in result.canvases]
+    unsettled = sum(not canvas.settled for canvas in result.canvases)
+    parts = [
+        f"{s.generated_tokens} tokens in {s.denoise_seconds + s.commit_seconds:.2f} s",
+        f"{s.tokens_per_second:.1f} tokens/s",
+        f"{sum(steps) / max(len(steps), 1):.1f} steps a canvas" + f" ({unsettled} not settled)" * bool(unsettled),
+        f"{s.seconds_per_step:.3f} s a step",
+        f"peak {s.peak_memory_bytes / 1e9:.2f} GB",
+        f"seed {result.seed}",
+    ]
+    departures = [f"not the reference: {name}={value}" for name, value in s.departures.items()]
+    return " · ".join(parts + departures + ["stopped at --max-tokens"] * (result.finish_reason == "length"))
 
 
 # --- The live canvas: a painter turns ids into cells, a screen keeps them where they are. ---
@@ -355,6 +394,16 @@ def _end(text: str, columns: int) -> tuple[int, str]:
         at = at + width if at + width + size <= columns else 0
         last, width = glyph, size
     return at, last
+
+
+def on_stdout(decode: Decode, *, events: bool = False, bare: bool = False) -> Sink:
+    """The live canvas on a terminal, bare text elsewhere, JSON lines if asked for."""
+    console = Console()
+    if events:
+        return JsonLines(sys.stdout, decode)
+    if bare or not console.is_terminal or console.is_dumb_terminal:
+        return Plain(sys.stdout)
+    return Live(Terminal(console), decode, color=not console.no_color)
 
 
 # --- Recordings: the same frames in a file. ---
