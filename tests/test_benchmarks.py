@@ -1,0 +1,313 @@
+"""The benchmarks: roofline's arithmetic against sums made here from published sizes, and a tiny run of each."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from benchmarks import common, generate, roofline, soak
+from mlx_diffgemma import quantize
+from mlx_diffgemma.checkpoint import load_network
+from mlx_diffgemma.config import GenerationConfig, LayerConfig, ModelConfig
+from mlx_diffgemma.network import Network
+
+from . import small, synthetic
+
+HIDDEN, LAYERS, CANVAS, VOCABULARY = 2816, 30, 256, 262_144
+
+
+@pytest.fixture(scope="module")
+def config() -> ModelConfig:
+    return ModelConfig.from_dict(synthetic.published("released/config.json"))
+
+
+@pytest.fixture(scope="module")
+def models(config: ModelConfig) -> dict[str, roofline.Model]:
+    recipes = {*roofline.BY_QUALITY, *(m.recipe for m in roofline.Macs.read().measurements)}
+    return {name: roofline.Model.of(config, name) for name in recipes}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random checkpoint in float32, with a tokenizer."""
+    made = tmp_path_factory.mktemp("small")
+    synthetic.small(made, config=synthetic.small_config(vocab_size=small.VOCABULARY), dtype="F32")
+    small.write_tokenizer(made)
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------- roofline
+
+
+def test_parameters_are_those_of_the_released_checkpoint(models: dict[str, roofline.Model]) -> None:
+    counted = {name: size.parameters for name, size in models["bf16"].sizes.items()}
+    q_and_k_norms = 25 * 2 * 256 + 5 * 2 * 512
+    router_vectors = LAYERS * (HIDDEN + 128)
+    assert counted == {
+        "embedding": 738_197_504,
+        "experts": 22_837_985_280,
+        "attention": 1_110_197_760 - q_and_k_norms,
+        "dense MLP": 535_265_280,
+        "router": 10_901_760 - router_vectors,
+        "self-conditioning": 17_844_992 - HIDDEN,
+        "norms and scalars": 594_236 + q_and_k_norms + router_vectors + HIDDEN,
+    }
+    assert sum(counted.values()) == 25_250_986_812
+
+
+def test_a_step_is_2_33_teraflop(models: dict[str, roofline.Model]) -> None:
+    parts = {part.name: part.flops for part in roofline.step(models["q4"])}
+    sliding = HIDDEN * 256 * (16 + 8 + 8 + 16)
+    full = HIDDEN * 512 * (16 + 2 + 16)
+    assert parts["experts"] == 2 * CANVAS * 8 * 3 * 704 * HIDDEN * LAYERS
+    assert parts["attention projections"] == 2 * CANVAS * (25 * sliding + 5 * full)
+    assert parts["dense MLP"] == 2 * CANVAS * 3 * 2112 * HIDDEN * LAYERS
+    assert parts["head"] == parts["signal"] == 2 * CANVAS * HIDDEN * VOCABULARY
+    smaller = [parts.pop(name) for name in ("attention", "router", "self-conditioning")]
+    assert sum(parts.values()) == pytest.approx(2.33e12, rel=0.001)
+    assert sum(smaller) < 0.03 * 2.33e12
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gigabytes"),
+    [
+        ("bf16", {"experts": 45.676, "attention": 2.220, "embedding": 1.476, "dense MLP": 1.071}),
+        ("q8", {"experts": 24.265, "attention": 1.180, "embedding": 0.784, "dense MLP": 0.569}),
+        ("q4", {"experts": 12.846, "attention": 1.180, "embedding": 0.784, "dense MLP": 0.569}),
+        ("mxfp4", {"experts": 12.133, "attention": 1.180, "embedding": 0.784, "dense MLP": 0.569}),
+    ],
+)
+def test_bytes_of_the_recipes(models: dict[str, roofline.Model], recipe: str, gigabytes: dict[str, float]) -> None:
+    sizes = models[recipe].sizes
+    assert {name: round(sizes[name].nbytes / 1e9, 3) for name in gigabytes} == pytest.approx(gigabytes, abs=0.002)
+
+
+def test_q4_is_the_published_4bit_pack_but_for_self_conditioning(models: dict[str, roofline.Model]) -> None:
+    published = synthetic.published("mlx-community/4bit.model.safetensors.index.json")["metadata"]["total_size"]
+    vision_tower, embed_vision = 2 * 569_550_384, 3_244_032 * 9 // 16  # bf16; 4 bits and 4/64 of 16-bit scale and bias
+    eight_instead_of_four = 3 * 2112 * HIDDEN // 2
+    assert models["q4"].weight_bytes == published - vision_tower - embed_vision + eight_instead_of_four
+
+
+def test_attention_counts_every_pair_that_a_mask_allows() -> None:
+    config = ModelConfig.from_dict(synthetic.small_config())
+    rows, prefix, window = 40, 25, config.sliding_window
+    query, key = np.arange(prefix, prefix + rows)[:, None], np.arange(prefix + rows)[None]
+    causal = key <= query
+    flops = {False: 0, True: 0}
+    for layer in config.layers:
+        near = query - key < window if layer.is_sliding else np.ones_like(causal)
+        held = key >= prefix - (window - 1 if layer.is_sliding else prefix)
+        width = 4 * config.num_attention_heads * layer.head_dim
+        flops[True] += width * int((causal & near).sum())
+        flops[False] += width * int(np.broadcast_to(held, causal.shape).sum())
+    for kind, expected in flops.items():
+        assert roofline._attention(config, rows, prefix, causal=kind).flops == expected
+
+
+def test_few_rows_touch_few_experts(models: dict[str, roofline.Model]) -> None:
+    def touched(rows: int) -> float:
+        part = next(p for p in roofline.step(models["q4"], canvas=rows) if p.name == "experts")
+        return part.nbytes / models["q4"].sizes["experts"].nbytes
+
+    picks = np.random.default_rng(0).random((200, 24, 128)).argsort(axis=-1)[..., :8].reshape(200, -1)
+    drawn = np.mean([len(np.unique(pick)) / 128 for pick in picks])
+    assert touched(1) == pytest.approx(8 / 128)
+    assert touched(24) == pytest.approx(drawn, abs=0.01)
+    assert touched(256) == pytest.approx(1)
+
+
+def test_a_bound_is_the_larger_of_compute_and_memory() -> None:
+    chip = roofline.Chip(name="c", tflops=2, bandwidth=100)
+    compute = roofline.Part(name="p", flops=4e12, nbytes=1e9)
+    memory = roofline.Part(name="p", flops=1e9, nbytes=3e11)
+    assert (chip.seconds(compute), chip.limit(compute)) == (2, "compute")
+    assert (chip.seconds(memory), chip.limit(memory)) == (3, "memory")
+    assert roofline.bound([compute, memory], chip) == 5
+
+
+def test_tokens_per_second_are_canvases_over_steps_and_a_commit(models: dict[str, roofline.Model]) -> None:
+    model, chip = models["q4"], roofline.Macs.read().chips["M4 Pro"]
+    step = roofline.bound(roofline.step(model, prefix=1024), chip)
+    commit = roofline.bound(roofline.encode(model, 256, 1024), chip)
+    assert roofline.tokens_per_second(model, chip, 10) == pytest.approx(256 / (10 * step + commit))
+    assert roofline.answer_seconds(model, chip, steps=30, canvases=3) == pytest.approx(30 * step + 2 * commit)
+    pieces = [
+        roofline.bound(roofline.encode(model, n, start), chip) for n, start in ((2048, 0), (2048, 2048), (4, 4096))
+    ]
+    assert roofline.prefill_seconds(model, chip, 4100) == pytest.approx(sum(pieces))
+
+
+def test_keys_and_values_are_those_of_the_prefix_cache(config: ModelConfig, models: dict[str, roofline.Model]) -> None:
+    terms = roofline.memory_terms(models["q4"], 32_768, 0)
+    held = sum(nbytes for name, nbytes in terms.items() if name.startswith("keys and values"))
+    cache = Network.make_cache(_Bare(config))  # pyright: ignore[reportArgumentType]
+    for layer, kept in zip(config.layers, cache.layers, strict=True):
+        _fill(kept.append, layer, 32_768)
+        _fill(kept.look, layer, 256)
+    assert held == cache.nbytes == 5 * 33_024 * 4096 + 25 * 1279 * 8192
+
+
+class _Bare:
+    """As much of a network as its cache needs; the real one's weights would fill this machine."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+
+
+def _fill(write: Callable[[mx.array, mx.array], Any], layer: LayerConfig, tokens: int) -> None:
+    """Lazy keys and values: their shapes are all that is asked for."""
+    zeros = mx.zeros((1, layer.num_kv_heads, tokens, layer.head_dim), mx.bfloat16)
+    write(zeros, zeros)
+
+
+def test_q4_behind_32k_tokens_stays_below_18_gigabytes(models: dict[str, roofline.Model]) -> None:
+    terms = roofline.memory_terms(models["q4"], 32_768, roofline.PROMISED_STEP)
+    weights, full, sliding, canvas, step = 15_410_840_184, 671_088_640, 209_510_400, 57_671_680, 300_000_000
+    assert sum(terms.values()) == weights + full + sliding + canvas + step == 16_649_110_904 < 18_000_000_000
+
+
+def test_a_recipe_is_chosen_as_the_converter_reports() -> None:
+    for nbytes in range(1 << 33, 1 << 37, 1 << 30):
+        usual, raised = quantize.smallest_macs(nbytes)
+        for memory in quantize.MACS:
+            expected = "q8" if usual and memory >= usual else "q8*" if raised and memory >= raised else None
+            assert roofline.choose(memory, dict.fromkeys(roofline.BY_QUALITY, nbytes)) == expected
+    assert roofline.choose(36, {"q8": 30 << 30, "q6": 23 << 30, "q4": 17 << 30}) == "q6"
+    assert roofline.choose(18, {"q8": 30 << 30, "q6": 23 << 30, "q4": 13 << 30}) == "q4*"
+
+
+def test_published_measurements_confirm_bound_and_forecast(models: dict[str, roofline.Model]) -> None:
+    checks = roofline.check(roofline.Macs.read(), models)
+    assert all(0.05 < c["reached"] < 1 for c in checks)  # nobody beats the bound
+    assert max(abs(c["error"]) for c in checks if c["fitted"]) < 1e-9
+    errors = sorted(abs(c["error"]) for c in checks if not c["fitted"])
+    assert len(errors) >= 6
+    assert errors[len(errors) // 2] < 0.15
+
+
+def test_the_readme_section_is_replaced_between_its_markers(tmp_path: Path, models: dict[str, roofline.Model]) -> None:
+    file = tmp_path / "README.md"
+    file.write_text(f"before\n{roofline.BEGIN}\nold\n{roofline.END}\nafter\n")
+    section = roofline.readme_section(roofline.Macs.read(), models)
+    roofline.write_readme(file, section)
+    roofline.write_readme(file, section)
+    assert file.read_text() == f"before\n{roofline.BEGIN}\n{section}\n{roofline.END}\nafter\n"
+    assert section.count("\n| M") == len(roofline.Macs.read().chips)
+    file.write_text("no place\n")
+    with pytest.raises(SystemExit, match="no place for the table"):
+        roofline.write_readme(file, section)
+    assert file.read_text() == "no place\n"
+
+
+# ------------------------------------------------------------------------------------------------------------ common
+
+
+def test_runs_alternate_and_warm_up() -> None:
+    order: list[str] = []
+    seconds = common.alternate({name: lambda name=name: order.append(name) for name in "ab"}, runs=2, warmup=1)
+    assert order == ["a", "b"] * 3
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_a_table_is_aligned() -> None:
+    table = common.table([["one", "0.5 s", None], ["three", "10.25 s", 3]], ["name", "time", "n"])
+    assert table.splitlines() == [
+        "| name  |    time |   n |",
+        "| ----- | ------: | --: |",
+        "| one   |   0.5 s |     |",
+        "| three | 10.25 s |   3 |",
+    ]
+
+
+def test_the_document_is_the_last_line_and_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document: dict[str, Any] = common.provenance() | {"figure": 1.5}
+    print("something before")
+    common.finish(document, tmp_path / "deep" / "out.json")
+    assert _last_line(capsys) == document == json.loads((tmp_path / "deep" / "out.json").read_text())
+    assert {"date", "machine", "versions", "commit"} <= document.keys()
+    assert document["versions"]["mlx"]
+
+
+def _last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+# ------------------------------------------------------------------------------------------------------------- whole
+
+
+@pytest.mark.parametrize("benchmark", [roofline, soak, generate], ids=lambda module: module.__name__)
+def test_help(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(["--help"])
+    assert stopped.value.code == 0
+    assert benchmark.__doc__.splitlines()[0] in capsys.readouterr().out
+
+
+def test_roofline_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    roofline.main(["--recipe", "q8", "--tflops", "989", "--bandwidth", "4800", "--out", str(tmp_path / "out.json")])
+    document = _last_line(capsys)
+    assert document == json.loads((tmp_path / "out.json").read_text())
+    assert document["limits"]["seconds_per_step"] == pytest.approx(26.8e9 / 4.8e12, rel=0.3)  # memory holds it back
+
+
+def test_soak_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--runs", "6", "--window", "3", "--max-tokens", "8", "--max-steps", "2", "--prompt", "ab"]
+    status = soak.main(["--model", str(folder), *arguments])
+    document = _last_line(capsys)
+    assert status == 0 and document["grown"] == []
+    assert document["medians"]["tokens"] == {"first": 8, "last": 8}
+    assert document["medians"]["live_bytes"]["first"] > 0
+
+
+def test_soak_sees_growth() -> None:
+    def sample(**memory: int) -> soak.Sample:
+        figures = {"live_bytes": 100, "cached_bytes": 0, "resident_bytes": 1000} | memory
+        return soak.Sample(seconds=1, seconds_per_step=1, steps=1, tokens=1, objects=1, **figures)
+
+    for field in soak.MEMORY:
+        medians = soak.compare([*[sample()] * 4, *[sample(**{field: 5000})] * 4], window=3)
+        assert soak.grown(medians, allowed=1000) == [field]
+    assert soak.grown(soak.compare([sample()] * 6, window=3), allowed=0) == []
+
+
+def test_generate_runs_all_three(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--runs", "1", "--max-tokens", "40", "--max-steps", "2", "--prompt", "ab"]
+    generate.main(["--model", str(folder), *arguments])
+    document = _last_line(capsys)
+    assert set(document["runs"]) == {"ours", "mlx-vlm", "transformers"}
+    for (run,) in document["runs"].values():
+        assert run["steps"] == 2 * run["canvases"]  # random weights never settle
+        assert 0 < run["tokens"] <= 40
+        assert 0 < run["prefill"] < run["first_sign"] <= run["first_canvas"] < run["seconds"]
+
+
+def test_all_three_have_the_same_weights(folder: Path) -> None:
+    import torch
+
+    from benchmarks.step import peer_model
+
+    raw = json.loads((folder / "config.json").read_text())
+    network = load_network(folder)
+    random = np.random.default_rng(0)
+    prompt, canvas = (random.integers(0, small.VOCABULARY, (1, n)) for n in (20, 32))
+    cache = network.make_cache()
+    network.encode(mx.array(prompt), cache)
+    ours = np.array(network.logits(mx.array(canvas), cache))
+    theirs = np.array(peer_model(raw, network)(mx.array(prompt), canvas_ids=mx.array(canvas)).logits)
+    with torch.no_grad():
+        model = generate.reference(raw, network)
+        reference = model(input_ids=torch.tensor(prompt), decoder_input_ids=torch.tensor(canvas)).logits.numpy()
+    assert np.abs(ours).max() > 0.1
+    np.testing.assert_allclose(ours, reference, atol=2e-4)
+    np.testing.assert_allclose(theirs, reference, atol=2e-4)
+
+
+def test_a_generation_config_for_the_others_leaves_nothing_out() -> None:
+    published = synthetic.published("released/generation_config.json")
+    made = generate.generation_config(GenerationConfig.from_dict(published))
+    assert made == {key: value for key, value in published.items() if key != "transformers_version"}
