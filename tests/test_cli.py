@@ -251,3 +251,16 @@ def test_bench_measures_writes_and_compares(model: str, tmp_path: Path) -> None:
     assert "512" in report["prompts"]["long"]["left_out"]  # the small model's context
     result = run("bench", "--compare", *files)
     assert result.exit_code == 0 and "B / A" in result.stdout
+
+
+def test_a_run_is_repeated_from_its_saved_noise(model: str, tmp_path: Path) -> None:
+    file = str(tmp_path / "noise.npz")
+    asked = ("generate", "--model", model, "-p", "Hi", "--json", "--max-tokens", "20")
+    first = run(*asked, "--save-noise", file)
+    again = run(*asked, "--noise", file)
+    assert first.exit_code == again.exit_code == 0
+    assert json.loads(first.stdout)["ids"] == json.loads(again.stdout)["ids"]
+    both = run(*asked, "--noise", file, "--save-noise", file)
+    assert both.exit_code == 2 and "would only copy it" in both.stderr
+    seeded = run(*asked, "--noise", file, "--seed", "1")
+    assert seeded.exit_code == 1 and "seed and noise" in seeded.stderr
