@@ -11,6 +11,7 @@ beside steps a canvas. Runs alternate; figures are medians over runs, prompts ta
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -157,6 +158,8 @@ def transformers(raw: dict[str, Any], network: Network, settings: GenerationConf
     import torch
     from transformers import DiffusionGemmaGenerationConfig  # pyright: ignore[reportAttributeAccessIssue]
 
+    if threads := os.environ.get("OPENBLAS_NUM_THREADS"):
+        torch.set_num_threads(int(threads))  # as many as MLX's products get
     model = reference(raw, network)
     config = DiffusionGemmaGenerationConfig(**generation_config(settings))
     marks: dict[str, list[float]] = {"encoder": [], "decoder": []}
