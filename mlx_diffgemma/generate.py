@@ -33,6 +33,7 @@ EXAMPLE = "Solve this Sudoku:\n1.. 2.5\n5.2 ...\n.53 421\n241 .63\n..5 1..\n..6 
 @click.option("--noise", metavar="FILE", help="Repeat a run from the noise it saved, on any machine.")
 @click.option("--save-noise", metavar="FILE", help="Save the noise of this run.")
 @click.option("--record", metavar="FILE", help="Save what the canvas did as .svg, .html or .cast.")
+@click.option("--pace", type=click.FloatRange(0), default=0, metavar="SECONDS", help="Stay so long at every step.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the reply and nothing else.")
 @generation_options
 def main(
@@ -46,6 +47,7 @@ def main(
     noise: str | None,
     save_noise: str | None,
     record: str | None,
+    pace: float,
     quiet: bool,
     options: dict[str, Any],
 ) -> None:
@@ -68,13 +70,14 @@ def main(
     sinks: list[Sink] = [] if form == "json" else [render.on_stdout(decode, events=form == "events", bare=quiet)]
     if recording:
         recording.commit(asked[-1]["content"] + "\n\n")
-        sinks.append(render.Live(recording, decode))
+        sinks.append(render.Live(recording, decode, every_step=True))
     recorder = None
     if noise:
         options["noise"] = RecordedNoise.load(noise)
     elif save_noise:
         recorder = options["noise"] = NoiseRecorder(seeded(loaded, options))
     events = loaded.stream(asked, enable_thinking=thinking, **options)
+    events = render.paced(events, pace) if pace else events
     result = render.show(render.with_thinking(events) if show_thinking else events, *sinks).result
     if recorder and save_noise:
         recorder.save(save_noise, prompt=asked, settings=dataclasses.asdict(loaded.generation_config) | chosen)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
 
@@ -76,6 +77,14 @@ def with_thinking(events: Iterable[Event]) -> Iterator[Event]:
                 text, thinking = f"{text}\n[answer]\n", False
             event = replace(event, text=text + event.text)
         yield event
+
+
+def paced(events: Iterable[Event], seconds: float) -> Iterator[Event]:
+    """The same events, but every step stays in sight for so long: a small model is too quick to be seen."""
+    for event in events:
+        yield event
+        if isinstance(event, Denoised):
+            time.sleep(seconds)
 
 
 class Plain:
@@ -180,10 +189,10 @@ class Screen(Protocol):
 
 
 class Live:
-    """The canvas as it denoises, at most 15 times a second and for at most a fiftieth of the time."""
+    """The canvas as it denoises, at most 15 times a second and for at most a fiftieth of the time; or every step."""
 
-    def __init__(self, screen: Screen, decode: Decode, color: bool = True):
-        self.screen, self.painter = screen, Painter(decode, color)
+    def __init__(self, screen: Screen, decode: Decode, *, color: bool = True, every_step: bool = False):
+        self.screen, self.painter, self.every_step = screen, Painter(decode, color), every_step
         self.started: float | None = None
         self.due, self.cost, self.kept = 0.0, 0.001, 0  # seconds, seconds a drawing, committed tokens
 
@@ -199,7 +208,7 @@ class Live:
             self.due = now + 1 / FRAMES_PER_SECOND
         elif isinstance(event, Denoised):
             self.started = self.started or now
-            if now >= self.due:
+            if now >= self.due or self.every_step:
                 self._draw(event, now - self.started)
 
     def close(self) -> None:
@@ -410,7 +419,10 @@ def on_stdout(decode: Decode, *, events: bool = False, bare: bool = False) -> Si
 
 
 class Recording:
-    """Keeps every frame that is drawn and writes them to FILE.svg or .html (they move by themselves) or .cast."""
+    """Keeps what is drawn and writes it to FILE.svg or .html, which move by themselves, or to FILE.cast.
+
+    A cast keeps the time; the others show a picture for a fifth of a second at least, or nobody would see it.
+    """
 
     def __init__(self, path: str | Path, columns: int = 80):
         self.path, self.columns = Path(path), columns
@@ -456,14 +468,16 @@ def _page(frames: list[tuple[float, list[Line]]], columns: int) -> str:
 
 def _svg(frames: list[tuple[float, list[Line]]], columns: int) -> str:
     """One group a frame, shown in its turn by CSS; a viewer that does not animate shows the last."""
-    advance, leading, rest = 8.4, 19, 4.0
+    advance, leading, shortest, rest = 8.4, 19, 0.2, 4.0  # pixels and seconds
     rows = max((len(lines) for _, lines in frames), default=1)
     width, height = round(columns * advance + 32), rows * leading + 32
-    times = [seconds for seconds, _ in frames]
-    total = (times[-1] if times else 0) + rest
+    times = [0.0]
+    for (before, _), (after, _) in pairwise(frames):
+        times.append(times[-1] + max(after - before, shortest))
+    total = times[-1] + rest
     css, groups = [], []
-    for i, (seconds, lines) in enumerate(frames):
-        start, stop = 100 * seconds / total if i else 0, 100 * times[i + 1] / total if i + 1 < len(times) else 100
+    for i, (_, lines) in enumerate(frames):
+        start, stop = (100 * seconds / total for seconds in [*times, total][i : i + 2])
         hide = "" if i == 0 else "0%{visibility:hidden}"
         css.append(f"@keyframes k{i}{{{hide}{start:.2f}%{{visibility:visible}}{stop:.2f}%{{visibility:hidden}}}}")
         last = "" if i + 1 < len(frames) else ";visibility:visible"

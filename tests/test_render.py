@@ -162,7 +162,7 @@ def ticking(events: Iterator[Event], advance: Callable[[float], None], seconds: 
 
 def live(tube: Tube, color: bool = True, height: int = 60) -> render.Live:
     console = Console(file=tube, width=tube.columns, height=height, force_terminal=True, no_color=not color)
-    return render.Live(render.Terminal(console), decode, color)
+    return render.Live(render.Terminal(console), decode, color=color)
 
 
 def wrapped(text: str, columns: int) -> list[str]:
@@ -354,6 +354,13 @@ def test_thoughts_come_before_the_answer_they_led_to() -> None:
     ]
     texts = [event.text for event in render.with_thinking(events) if isinstance(event, Committed)]
     assert "".join(texts) == "[thinking]\n2 + 2 is 4\n[answer]\nFour."
+
+
+def test_a_pace_keeps_every_step_in_sight(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(render.time, "sleep", slept.append)
+    assert list(map(type, render.paced(script(), 0.2))) == list(map(type, script()))
+    assert slept == [0.2] * 24
 
 
 def test_recordings_show_every_frame(tmp_path: Path, clock: Callable[[float], None]) -> None:
