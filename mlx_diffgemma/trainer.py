@@ -1,0 +1,597 @@
+"""The denoising objective, batches, and one loop that yields events: no printing, no argument parsing.
+
+    t ~ U(0, 1) per example; every id of one canvas of the response becomes a uniformly random id with probability t
+    loss = mean cross-entropy over all positions of that canvas, stop-id fill included
+         + mean cross-entropy of the encoder's next-token prediction over the real tokens
+
+The decoder sees the prompt and the clean canvases before its own through the encoder's keys and values, and
+gradients flow back through those. For half of the examples a first look, without gradient, gives the
+self-conditioning signal; for the others it is zero, as at step 0 of generation.
+Source: the recipes of google-deepmind/gemma (hackable_diffusion_adapter) and TRL (sft_diffusion_gemma).
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_lm.models.switch_layers import SwitchLinear
+
+from . import engine
+from .config import GenerationConfig, ModelConfig
+from .errors import TrainingError
+from .layers import Experts, Layer, geglu
+from .network import Network
+from .noise import SeededNoise
+
+FORBIDDEN = -1e9  # added to the scores of what may not be looked at
+BUCKET = 16  # lengths are padded to multiples of this, so that few shapes are compiled
+LOGITS = 1 << 26  # entries of the logits that exist at a time
+ALL_EXPERTS = 8  # up to so many experts, running all of them is quicker than gathering
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One training run. The defaults are for LoRA; TRL and the official recipe use the same rate and schedule."""
+
+    steps: int = 800
+    batch_size: int = 8  # examples per gradient
+    accumulate: int = 1  # gradients per step
+    learning_rate: float = 1.5e-4
+    final_rate: float = 0.1  # of the learning rate, at the end of the cosine
+    warmup: int = 25
+    betas: tuple[float, float] = (0.95, 0.99)
+    weight_decay: float = 1e-4
+    clip: float = 1.0  # of the gradient's global norm; 0 clips nothing
+    optimizer: str = "adamw"  # or "muon": orthogonalized momentum for matrices, AdamW for the rest
+    self_conditioning: float = 0.5  # share of examples that see a first look's signal
+    encoder_weight: float = 1.0  # of the encoder's next-token loss
+    train_router: bool = False
+    checkpoint_layers: bool = False  # recompute layers in the backward pass: less memory, a third more time
+    max_length: int = 4096  # longer examples are left out
+    seed: int = 0
+    evaluate_every: int = 100
+    save_every: int = 100
+    keep: int = 2  # newest checkpoints that stay
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "max_length", "evaluate_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name} is {getattr(self, name)}, expected at least 1.")
+        if self.optimizer not in ("adamw", "muon"):
+            raise TrainingError(f"optimizer is {self.optimizer!r}, expected 'adamw' or 'muon'.")
+        if not 0 <= self.self_conditioning <= 1:
+            raise TrainingError(f"self_conditioning is {self.self_conditioning}, expected 0 … 1.")
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One question and answer as ids; the answer has no stop id."""
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.response) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """B examples, one canvas of each. Rows before `looks` take a first look."""
+
+    tokens: mx.array  # [B, T] int32: prompt, response, stop id; padded on the right
+    lengths: mx.array  # [B] int32: real tokens
+    starts: mx.array  # [B] int32: position of the canvas
+    clean: mx.array  # [B, L] int32
+    noisy: mx.array  # [B, L] int32
+    looks: int
+
+
+def make_batch(
+    examples: Sequence[Example], rng: np.random.Generator, config: ModelConfig, settings: Settings, stop_id: int
+) -> Batch:
+    """Choose a canvas of every response, and corrupt it."""
+    size, rows = config.canvas_length, len(examples)
+    width = -(-max(example.length for example in examples) // BUCKET) * BUCKET
+    tokens = np.full((rows, width), config.pad_token_id, np.int32)
+    clean = np.full((rows, size), stop_id, np.int32)
+    starts = np.zeros(rows, np.int32)
+    for row, example in enumerate(examples):
+        answer = [*example.response, stop_id]
+        tokens[row, : example.length] = [*example.prompt, *answer]
+        first = int(rng.integers(-(-len(answer) // size))) * size
+        canvas = answer[first : first + size]
+        clean[row, : len(canvas)] = canvas
+        starts[row] = len(example.prompt) + first
+    corrupt = rng.random((rows, size)) < rng.random((rows, 1))
+    noisy = np.where(corrupt, rng.integers(config.vocab_size, size=(rows, size)), clean).astype(np.int32)
+    return Batch(
+        tokens=mx.array(tokens),
+        lengths=mx.array([example.length for example in examples], mx.int32),
+        starts=mx.array(starts),
+        clean=mx.array(clean),
+        noisy=mx.array(noisy),
+        looks=int(rows * settings.self_conditioning + rng.random()),
+    )
+
+
+class Batches:
+    """Which examples belong to which batch: a pure function of the seed and the batch's number.
+
+    Every epoch is shuffled; neighbours of similar length are batched together inside pools of 64 batches.
+    """
+
+    def __init__(self, examples: Sequence[Example], settings: Settings):
+        self.examples = [example for example in examples if example.length <= settings.max_length]
+        self.left_out = len(examples) - len(self.examples)
+        self.settings = settings
+        self.per_epoch = len(self.examples) // settings.batch_size
+        if not self.per_epoch:
+            raise TrainingError(
+                f"{len(self.examples)} training examples of at most {settings.max_length} tokens, expected at least"
+                f" one batch of {settings.batch_size}.\nGive more data, a smaller batch_size or a larger max_length."
+            )
+        self._epoch, self._order = -1, np.zeros((0, 0), np.int64)
+
+    def __getitem__(self, number: int) -> list[Example]:
+        epoch, index = divmod(number, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffled(epoch)
+        return [self.examples[i] for i in self._order[index]]
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng((self.settings.seed, 1, epoch))
+        size = self.settings.batch_size
+        order = rng.permutation(len(self.examples))[: self.per_epoch * size]
+        lengths = np.array([example.length for example in self.examples])
+        pools = [order[i : i + 64 * size] for i in range(0, len(order), 64 * size)]
+        batches = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")].reshape(-1, size) for pool in pools])
+        batches = rng.permuted(batches, axis=1)  # the first rows of a batch take the first look
+        return batches[rng.permutation(len(batches))]
+
+
+# ------------------------------------------------------------------------------------------------------- objective
+
+
+def losses(network: Network, batch: Batch, *, recompute: bool = False) -> tuple[mx.array, mx.array]:
+    """The decoder's and the encoder's mean cross-entropy, float32, in nats per token."""
+    hidden, prefix = read_clean(network, batch.tokens, recompute=recompute)
+    signal = first_look(network, batch, prefix) if batch.looks else None
+    look = denoise(network, batch.noisy, batch.starts, prefix, signal, recompute=recompute)
+    decoder = cross_entropy(network, look, batch.clean).mean()
+    pairs = mx.arange(1, batch.tokens.shape[1]) < batch.lengths[:, None]  # [B, T − 1]
+    encoder = cross_entropy(network, hidden[:, :-1], batch.tokens[:, 1:]) * pairs.flatten()
+    return decoder, encoder.sum() / pairs.sum()
+
+
+def cross_entropy(network: Network, hidden: mx.array, targets: mx.array) -> mx.array:
+    """Per token, [B · T], from hidden states [B, T, H]. Large vocabularies are done piece by piece, and again in
+    the backward pass, so that no more than LOGITS logits exist at a time."""
+
+    table = network.decoder.embed_tokens
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    rows = max(1, LOGITS // network.config.vocab_size)
+    pieces = []
+    for start in range(0, len(targets), rows):
+        part = targets[start : start + rows]
+
+        def piece(hidden: mx.array, part: mx.array = part) -> mx.array:
+            return nn.losses.cross_entropy(network.head(hidden[None])[0], part)
+
+        pieces.append(_run(piece, table, hidden[start : start + rows], recompute=rows < len(targets)))
+    return mx.concatenate(pieces)
+
+
+def _run(forward: Callable[..., Any], module: nn.Module, *inputs: mx.array, recompute: bool) -> Any:
+    """`forward(*inputs)`, which uses `module`'s weights; with `recompute`, again in the backward pass instead of
+    keeping what it computes on the way."""
+    if not recompute:
+        return forward(*inputs)
+
+    def again(parameters: dict, *inputs: mx.array) -> Any:
+        module.update(parameters)
+        return forward(*inputs)
+
+    parameters = module.trainable_parameters()
+    result = mx.checkpoint(again)(parameters, *inputs)
+    module.update(parameters)
+    return result
+
+
+KeysValues = list[tuple[mx.array, mx.array]]  # per layer [B, heads, T, D]
+
+
+def read_clean(network: Network, tokens: mx.array, *, recompute: bool = False) -> tuple[mx.array, KeysValues]:
+    """The encoder's causal pass over whole sequences [B, T]: last hidden states, and every layer's keys and values."""
+    place = mx.arange(tokens.shape[1])
+    distance = place[:, None] - place
+    masks = {
+        True: _scores((distance >= 0) & (distance < network.config.sliding_window)),
+        False: _scores(distance >= 0),
+    }
+    x, kept = network.embed(tokens), []
+    scalars = network.encoder.language_model.layers
+    for layer, scalar, kind in zip(network.decoder.layers, scalars, network.config.layers, strict=True):
+        mask = masks[kind.is_sliding].astype(x.dtype)
+        x, keys, values = _layer(layer, x, scalar.layer_scalar, mx.array(0), mask, recompute=recompute)
+        kept.append((keys, values))
+    return network.decoder.norm(x), kept
+
+
+def denoise(
+    network: Network,
+    canvas: mx.array,
+    starts: mx.array,
+    prefix: KeysValues,
+    signal: mx.array | None,
+    *,
+    recompute: bool = False,
+) -> mx.array:
+    """The decoder's look at canvases [B, L] that begin at `starts` [B], each behind its own prefix."""
+    rows, length = canvas.shape
+    place = mx.arange(prefix[0][0].shape[2])
+    before = place < starts[:, None]  # [B, T]
+    near = before & (place > starts[:, None] - network.config.sliding_window)
+    itself = mx.ones((rows, length), mx.bool_)
+    masks = {
+        sliding: _scores(mx.concatenate([seen, itself], axis=1))[:, None, None]  # [B, 1, 1, T + L]
+        for sliding, seen in ((True, near), (False, before))
+    }
+    x = network.decoder.self_conditioning.condition(network.embed(canvas), signal)
+    for layer, kind, kept in zip(network.decoder.layers, network.config.layers, prefix, strict=True):
+        mask = masks[kind.is_sliding].astype(x.dtype)
+        x, _, _ = _layer(layer, x, layer.layer_scalar, starts, mask, *kept, recompute=recompute)
+    return network.decoder.norm(x)
+
+
+def _layer(
+    layer: Layer, x: mx.array, scalar: mx.array, starts: mx.array, mask: mx.array, *prefix: mx.array, recompute: bool
+) -> tuple[mx.array, mx.array, mx.array]:
+    """One layer over x [B, T, H] behind the prefix's keys and values, if any: its output, and x's keys and values."""
+
+    def forward(x: mx.array, scalar: mx.array, *prefix: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        own: list[mx.array] = []
+
+        def memory(keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+            own.extend((keys, values))
+            if not prefix:
+                return keys, values
+            return mx.concatenate([prefix[0], keys], axis=2), mx.concatenate([prefix[1], values], axis=2)
+
+        return layer(x, scalar, starts, memory, mask), own[0], own[1]
+
+    return _run(forward, layer, x, scalar, *prefix, recompute=recompute)
+
+
+def first_look(network: Network, batch: Batch, prefix: KeysValues) -> mx.array:
+    """The self-conditioning signal [B, L, H]: of a look without a signal; zero from row `looks` on.
+
+    No gradient flows into that look, but one does into the table that mixes its logits, as in transformers.
+    """
+    rows, looks = len(batch.starts), batch.looks
+    still = [(mx.stop_gradient(keys[:looks]), mx.stop_gradient(values[:looks])) for keys, values in prefix]
+    hidden = denoise(network, batch.noisy[:looks], batch.starts[:looks], still, None)
+    signal = network.soft_embedding(mx.stop_gradient(network.head(hidden)))
+    return mx.concatenate([signal, mx.zeros((rows - looks, *signal.shape[1:]), signal.dtype)])
+
+
+def _scores(seen: mx.array) -> mx.array:
+    return mx.where(seen, 0.0, FORBIDDEN)
+
+
+class AllExperts(Experts):
+    """The same experts, run on every token and weighted by zero where the router did not choose them."""
+
+    def __init__(self, experts: Experts):
+        nn.Module.__init__(self)
+        self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
+
+    def __call__(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
+        into, out = self.gate_up_proj.weight, self.down_proj.weight  # [E, 2 M, H], [E, H, M]
+        count = into.shape[0]
+        chosen = experts[..., None] == mx.arange(count)  # [N, K, E]
+        share = (chosen * weights[..., None]).sum(axis=1)  # [N, E]
+        gate, up = mx.split((x @ into.flatten(0, 1).T).reshape(len(x), count, -1), 2, axis=-1)
+        y = geglu(gate, up) * share[..., None]  # [N, E, M]
+        return y.flatten(1) @ out.swapaxes(1, 2).flatten(0, 1)
+
+
+def memory_needed(config: ModelConfig, settings: Settings, *, weights: int, length: int, trained: int) -> int:
+    """Bytes at the peak of a step, predicted, from bytes of weights, tokens of an example, and trained parameters.
+
+    Per token a layer keeps its residuals, projections, both branches' gates and its rows of attention scores.
+    """
+    tokens = settings.batch_size * (length + int((1 + settings.self_conditioning) * config.canvas_length))
+    kept = 0
+    for layer in config.layers:
+        heads = (2 * config.num_attention_heads + 2 * layer.num_kv_heads) * layer.head_dim
+        wide = 4 * config.intermediate_size + config.top_k_experts * (4 * config.moe_intermediate_size)
+        scores = 2 * config.num_attention_heads * (length + config.canvas_length)
+        size = 2 * (12 * config.hidden_size + heads + wide + config.top_k_experts * config.hidden_size + scores)
+        kept = max(kept, size) if settings.checkpoint_layers else kept + size
+    logits = 16 * min(LOGITS, tokens * config.vocab_size)
+    return weights + 16 * trained + tokens * kept + logits
+
+
+def prepare(network: Network, settings: Settings) -> None:
+    """Make a network ready to train: the router frozen unless asked for, few experts run all together."""
+    network.train()
+    for layer in network.decoder.layers:
+        if not settings.train_router:
+            layer.router.freeze()
+        plain = all(type(p) is SwitchLinear for p in (layer.experts.gate_up_proj, layer.experts.down_proj))
+        if plain and network.config.num_experts <= ALL_EXPERTS:
+            layer.experts = AllExperts(layer.experts)
+
+
+def initialize(network: Network, seed: int) -> None:
+    """Weights to start from: matrices keep variances, the embedding has unit norm, attention starts at 1 / sqrt(D)."""
+    key = mx.random.key(seed)
+    fresh = []
+    for name, weight in tree_flatten(network.parameters()):
+        if weight.ndim >= 2:
+            key, draw = mx.random.split(key)
+            fresh.append((name, mx.random.normal(weight.shape, key=draw) * weight.shape[-1] ** -0.5))
+        elif name.endswith(("q_norm.weight", "k_norm.weight")):
+            fresh.append((name, mx.full(weight.shape, weight.shape[0] ** -0.25)))
+        else:
+            fresh.append((name, mx.ones(weight.shape)))
+    network.update(tree_unflatten(fresh))
+
+
+# ------------------------------------------------------------------------------------------------------- optimizer
+
+
+class Muon(optim.Muon):
+    """MLX's Muon, with one orthogonalization per matrix of a stack instead of one for all."""
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+        momentum = self.momentum * state["v"] + (1 - self.momentum) * gradient
+        state["v"] = momentum
+        x = (1 - self.momentum) * gradient + self.momentum * momentum  # Nesterov
+        tall = x.shape[-2] > x.shape[-1]
+        x = x.swapaxes(-1, -2) if tall else x
+        x = x / (mx.sqrt(mx.square(x).sum(axis=(-2, -1), keepdims=True)) + 1e-7)
+        for _ in range(self.ns_steps):
+            square = x @ x.swapaxes(-1, -2)
+            x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+        x = x.swapaxes(-1, -2) if tall else x
+        rate = self.learning_rate * max(1, x.shape[-2] / x.shape[-1]) ** 0.5
+        return parameter * (1 - self.learning_rate * self.weight_decay) - rate * x
+
+
+MUON_RATE = 10  # Muon's learning rate over AdamW's
+
+
+def schedule(settings: Settings, factor: float = 1.0) -> Callable[[mx.array], mx.array]:
+    """Learning rate by step: linear warmup, then a cosine to `final_rate`."""
+
+    def rate(step: mx.array) -> mx.array:
+        warm = (step + 1) / max(1, settings.warmup)
+        done = mx.clip((step - settings.warmup) / max(1, settings.steps - settings.warmup), 0, 1)
+        cosine = settings.final_rate + (1 - settings.final_rate) * 0.5 * (1 + mx.cos(math.pi * done))
+        return settings.learning_rate * factor * mx.minimum(warm, cosine)
+
+    return rate
+
+
+def make_optimizer(settings: Settings) -> optim.Optimizer:
+    adamw = optim.AdamW(
+        schedule(settings), betas=list(settings.betas), weight_decay=settings.weight_decay, bias_correction=True
+    )
+    if settings.optimizer == "adamw":
+        return adamw
+    muon = Muon(schedule(settings, MUON_RATE), weight_decay=settings.weight_decay)
+    return optim.MultiOptimizer([muon, adamw], [lambda name, weight: weight.ndim >= 2 and "embed" not in name])
+
+
+# ------------------------------------------------------------------------------------------------------------ loop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """One step is done. Losses in nats per token."""
+
+    step: int  # 1 … steps
+    steps: int
+    loss: float
+    decoder_loss: float
+    encoder_loss: float
+    tokens: int  # encoded and denoised in this step
+    seconds: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """The held-out loss, under the same noise every time."""
+
+    step: int
+    decoder_loss: float
+    encoder_loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    step: int
+    folder: Path
+
+
+Event = Trained | Evaluated | Saved
+
+
+class Trainer:
+    """Trains the trainable parameters of `network` and keeps checkpoints in `folder`.
+
+    A run that is killed and started again continues from the newest checkpoint and ends with the same bits. Started
+    in a group of processes (mlx.launch), every process takes its own batches and gradients are averaged.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        settings: Settings,
+        *,
+        examples: Sequence[Example],
+        held_out: Sequence[Example],
+        stop_id: int,
+        folder: Path,
+    ):
+        self.network, self.settings, self.stop_id, self.folder = network, settings, stop_id, Path(folder)
+        self.batches = Batches(examples, settings)
+        self.held_out = list(held_out)
+        self.optimizer = make_optimizer(settings)
+        self.optimizer.init(network.trainable_parameters())
+        self.group = mx.distributed.init()
+        self.step = 0
+        state = [network.state, self.optimizer.state]
+        self._gradients = mx.compile(self._value_and_grad, inputs=state[:1], outputs=state[:1])
+        self._update = mx.compile(self._apply, inputs=state, outputs=state)
+
+    def run(self) -> Iterator[Event]:
+        """Train to the last step. Errors: TrainingError when the loss is no longer a number."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.resume()
+        while self.step < self.settings.steps:
+            yield self._train_step()
+            last = self.step == self.settings.steps
+            if self.held_out and (last or self.step % self.settings.evaluate_every == 0):
+                yield self.evaluate()
+            if (last or self.step % self.settings.save_every == 0) and self.group.rank() == 0:
+                yield self.save()
+
+    def _train_step(self) -> Trained:
+        start = time.perf_counter()
+        settings, workers = self.settings, self.group.size()
+        gradients, decoder, encoder, tokens = None, 0.0, 0.0, 0
+        for part in range(settings.accumulate):
+            number = (self.step * settings.accumulate + part) * workers + self.group.rank()
+            rng = np.random.default_rng((settings.seed, 2, number))
+            batch = make_batch(self.batches[number], rng, self.network.config, settings, self.stop_id)
+            parts, new = self._gradients(
+                batch.tokens, batch.lengths, batch.starts, batch.clean, batch.noisy, batch.looks
+            )
+            gradients = new if gradients is None else tree_map(mx.add, gradients, new)
+            mx.eval(parts, gradients)
+            decoder, encoder = decoder + parts[0].item(), encoder + parts[1].item()
+            tokens += batch.tokens.size + batch.clean.size
+        gradients = tree_map(lambda g: g / settings.accumulate, gradients)
+        gradients = nn.average_gradients(gradients, self.group)
+        decoder, encoder = decoder / settings.accumulate, encoder / settings.accumulate
+        loss = decoder + settings.encoder_weight * encoder
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {self.step + 1}: training stopped. The last good weights are in\n"
+                f"{self._newest() or 'no checkpoint yet'}. Lower learning_rate, or start from another seed."
+            )
+        self._update(gradients)
+        mx.eval(self.network.state, self.optimizer.state)
+        self.step += 1
+        return Trained(
+            step=self.step,
+            steps=settings.steps,
+            loss=loss,
+            decoder_loss=decoder,
+            encoder_loss=encoder,
+            tokens=tokens * workers,
+            seconds=time.perf_counter() - start,
+            peak_memory_bytes=mx.get_peak_memory(),
+        )
+
+    def _value_and_grad(
+        self, tokens: mx.array, lengths: mx.array, starts: mx.array, clean: mx.array, noisy: mx.array, looks: int
+    ) -> tuple[tuple[mx.array, mx.array], dict]:
+        batch = Batch(tokens=tokens, lengths=lengths, starts=starts, clean=clean, noisy=noisy, looks=looks)
+
+        def objective() -> tuple[mx.array, tuple[mx.array, mx.array]]:
+            decoder, encoder = losses(self.network, batch, recompute=self.settings.checkpoint_layers)
+            return decoder + self.settings.encoder_weight * encoder, (decoder, encoder)
+
+        (_, parts), gradients = nn.value_and_grad(self.network, objective)()
+        return parts, gradients
+
+    def _apply(self, gradients: dict) -> None:
+        if self.settings.clip:
+            gradients, _ = optim.clip_grad_norm(gradients, self.settings.clip)
+        self.optimizer.update(self.network, gradients)
+
+    def evaluate(self) -> Evaluated:
+        """Mean losses over the held-out examples, always under the same noise."""
+        size = self.settings.batch_size
+        rng = np.random.default_rng((self.settings.seed, 3))
+        ordered = sorted(self.held_out, key=lambda example: example.length)
+        sums, count = np.zeros(2), 0
+        for first in range(0, len(ordered), size):
+            batch = make_batch(ordered[first : first + size], rng, self.network.config, self.settings, self.stop_id)
+            pair = losses(self.network, batch)
+            mx.eval(pair)
+            rows = len(batch.starts)
+            sums, count = sums + rows * np.array([loss.item() for loss in pair]), count + rows
+        return Evaluated(step=self.step, decoder_loss=sums[0] / count, encoder_loss=sums[1] / count)
+
+    def save(self) -> Saved:
+        """Write weights, optimizer and position; the folder appears only when it is whole."""
+        final = self.folder / f"step-{self.step:07d}"
+        partial_folder = self.folder / f".{final.name}"
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        partial_folder.mkdir()
+        mx.save_safetensors(
+            str(partial_folder / "weights.safetensors"), dict(tree_flatten(self.network.trainable_parameters()))
+        )
+        mx.save_safetensors(str(partial_folder / "optimizer.safetensors"), dict(tree_flatten(self.optimizer.state)))
+        position = {"step": self.step, "settings": asdict(self.settings)}
+        (partial_folder / "position.json").write_text(json.dumps(position, indent=2) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial_folder, final)
+        for old in self._checkpoints()[: -self.settings.keep]:
+            shutil.rmtree(old)
+        return Saved(step=self.step, folder=final)
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint, if there is one."""
+        if (newest := self._newest()) is None:
+            return
+        self.network.load_weights(str(newest / "weights.safetensors"), strict=False)
+        saved = mx.load(str(newest / "optimizer.safetensors"))
+        self.optimizer.state = tree_unflatten(list(saved.items()))
+        self.step = json.loads((newest / "position.json").read_text())["step"]
+        mx.eval(self.network.state, self.optimizer.state)
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"))
+
+    def _newest(self) -> Path | None:
+        return next(reversed(self._checkpoints()), None)
+
+
+def answers(
+    network: Network, examples: Sequence[Example], settings: GenerationConfig, *, seed: int, batch_size: int = 16
+) -> Iterator[tuple[Example, tuple[int, ...], list[engine.CanvasRow]]]:
+    """Generate for every example: the example, the ids of the answer, and its canvases. For exact-match scores."""
+    config = network.config
+    length = settings.canvas_length or config.canvas_length
+    for first in range(0, len(examples), batch_size):
+        group = examples[first : first + batch_size]
+        seeds = range(seed * 1_000_003 + first, seed * 1_000_003 + first + len(group))
+        noise = SeededNoise(seeds, length=length, vocabulary=config.vocab_size)
+        rows: list[list[engine.CanvasRow]] = [[] for _ in group]
+        for event in engine.generate(network, [list(e.prompt) for e in group], settings, noise):
+            if isinstance(event, engine.Committed):
+                for canvases, row in zip(rows, event.rows, strict=True):
+                    canvases += [row] if row.steps else []
+        for example, canvases in zip(group, rows, strict=True):
+            yield example, tuple(i for row in canvases for i in row.ids), canvases
