@@ -30,6 +30,7 @@ BEGIN, END = "<!-- roofline:begin -->", "<!-- roofline:end -->"
 ITEM = 2  # bytes of a key, a value, an activation
 CHUNK = 2048  # prompt tokens read at a time
 BY_QUALITY = ("q8", "q6", "q4")  # more bits settle in fewer steps; bf16 was never found better than q8
+PROMPT = 8192  # tokens of the prompt whose cost is shown
 TABLE_PREFIX = 32_768  # what the table of Macs leaves room for
 PROMISED, PROMISED_STEP = 18_000_000_000, 300_000_000  # the launch's 18 GB; bytes beside weights and prefix
 
@@ -82,6 +83,12 @@ def step(model: Model, *, canvas: int | None = None, prefix: int = 0) -> list[Pa
 def encode(model: Model, tokens: int, prefix: int = 0) -> list[Part]:
     """The causal pass over `tokens` behind `prefix`: a commit, or a piece of a prompt."""
     return _layers(model, tokens, prefix, causal=True)
+
+
+def prefill(model: Model, tokens: int) -> list[Part]:
+    """Reading a prompt, in pieces of CHUNK tokens."""
+    starts = range(0, tokens, CHUNK)
+    return [part for start in starts for part in encode(model, min(CHUNK, tokens - start), start)]
 
 
 def _layers(model: Model, rows: int, prefix: int, *, causal: bool) -> list[Part]:
@@ -159,12 +166,6 @@ def answer_seconds(model: Model, chip: Chip, *, steps: float, canvases: float = 
     return steps * bound(step(model, prefix=prefix), chip) + (canvases - 1) * commit
 
 
-def prefill_seconds(model: Model, chip: Chip, tokens: int) -> float:
-    """The least seconds to read a prompt, in pieces of CHUNK tokens."""
-    starts = range(0, tokens, CHUNK)
-    return sum(bound(encode(model, min(CHUNK, tokens - start), start), chip) for start in starts)
-
-
 def tokens_per_second(model: Model, chip: Chip, steps: float, *, prefix: int = 1024) -> float:
     """The most full canvases can give, at so many steps each; every canvas is committed."""
     commit = bound(encode(model, model.config.canvas_length, prefix), chip)
@@ -202,7 +203,7 @@ class Measurement:
         if self.kind == "step":
             return bound(step(model, canvas=self.canvas, prefix=256), chip)
         if self.kind == "prefill":
-            return self.tokens / prefill_seconds(model, chip, self.tokens)
+            return self.tokens / bound(prefill(model, self.tokens), chip)
         return self.tokens / answer_seconds(model, chip, steps=self.steps, canvases=self.canvases, prefix=256)
 
     def share(self, model: Model, chip: Chip) -> float:
@@ -269,15 +270,16 @@ def choose(memory: int, needs: dict[str, int]) -> str | None:
 
 
 def parts_table(model: Model, chip: Chip, prefix: int) -> list[list[object]]:
-    """One row per part of a step, then their sum."""
-    parts = step(model, prefix=prefix)
-    rows: list[list[object]] = [_row(part.name, part, chip.seconds(part), chip.limit(part)) for part in parts]
-    total = Part(name="a step", flops=sum(p.flops for p in parts), nbytes=sum(p.nbytes for p in parts))
-    return [*rows, _row("a step", total, bound(parts, chip), "")]
+    """One row per part of a step, then the step, a commit and a prompt."""
+    parts, commit = step(model, prefix=prefix), encode(model, model.config.canvas_length, prefix)
+    rows = [[*_row(part.name, [part], chip), chip.limit(part)] for part in parts]
+    whole = {"a step": parts, "a commit": commit, f"a prompt of {PROMPT:,} tokens": prefill(model, PROMPT)}
+    return rows + [[*_row(name, every, chip), ""] for name, every in whole.items()]
 
 
-def _row(name: str, part: Part, seconds: float, limit: str) -> list[object]:
-    return [name, f"{part.flops / 1e12:.3f}", f"{part.nbytes / 1e9:.2f}", f"{seconds * 1e3:.1f}", limit]
+def _row(name: str, parts: Sequence[Part], chip: Chip) -> list[object]:
+    flops, nbytes = sum(part.flops for part in parts), sum(part.nbytes for part in parts)
+    return [name, f"{flops / 1e12:.3f}", f"{nbytes / 1e9:.2f}", f"{1e3 * bound(parts, chip):.1f}"]
 
 
 def memory_terms(model: Model, prefix: int, step_bytes: int) -> dict[str, int]:
@@ -397,14 +399,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _report_step(model: Model, chip: Chip, prefix: int) -> dict[str, Any]:
     """Print what a step, a commit and a prompt cost at least; the same as a document."""
     canvas = model.config.canvas_length
-    title = f"A step of {canvas} positions behind {prefix} tokens, {model.recipe}, on {chip.name}"
-    title += f" ({chip.tflops:g} TFLOP/s, {chip.bandwidth:g} GB/s)"
+    title = f"Behind {prefix} tokens, {model.recipe}, on {chip.name} ({chip.tflops:g} TFLOP/s, {chip.bandwidth:g} GB/s)"
     common.report(parts_table(model, chip, prefix), ["part", "TFLOP", "GB", "least ms", "held back by"], title)
-    parts, commit = step(model, prefix=prefix), encode(model, canvas, prefix)
     rates = {steps: tokens_per_second(model, chip, steps, prefix=prefix) for steps in (12, 24, 48)}
-    prompt = 8192 / prefill_seconds(model, chip, 8192)
-    told = ", ".join(f"{rate:.0f} at {steps} steps" for steps, rate in rates.items())
-    print(f"At most, tokens/s: {told} a canvas; {prompt:.0f} for a prompt of 8,192.\n")
+    print(
+        "At most",
+        ", ".join(f"{rate:.0f} tokens/s at {steps} steps a canvas" for steps, rate in rates.items()),
+        end="\n\n",
+    )
+    parts, commit = step(model, prefix=prefix), encode(model, canvas, prefix)
     return {
         "recipe": model.recipe,
         "chip": asdict(chip),
@@ -414,7 +417,7 @@ def _report_step(model: Model, chip: Chip, prefix: int) -> dict[str, Any]:
         "seconds_per_step": bound(parts, chip),
         "seconds_per_commit": bound(commit, chip),
         "tokens_per_second_by_steps": rates,
-        "prefill_tokens_per_second": prompt,
+        "prefill_tokens_per_second": PROMPT / bound(prefill(model, PROMPT), chip),
     }
 
 

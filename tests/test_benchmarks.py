@@ -139,7 +139,7 @@ def test_tokens_per_second_are_canvases_over_steps_and_a_commit(models: dict[str
     pieces = [
         roofline.bound(roofline.encode(model, n, start), chip) for n, start in ((2048, 0), (2048, 2048), (4, 4096))
     ]
-    assert roofline.prefill_seconds(model, chip, 4100) == pytest.approx(sum(pieces))
+    assert roofline.bound(roofline.prefill(model, 4100), chip) == pytest.approx(sum(pieces))
 
 
 def test_keys_and_values_are_those_of_the_prefix_cache(config: ModelConfig, models: dict[str, roofline.Model]) -> None:
