@@ -17,13 +17,12 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from .config import GenerationConfig, ModelConfig, Quantization, glob
+from .config import RELEASED, GenerationConfig, ModelConfig, Quantization, glob, knowledge
 from .errors import CheckpointError, ConfigError
 from .network import Network
 from .quantize import Source, packing
-from .shards import FLOATS, Tensor, read_header
+from .shards import FLOATS, Tensor, printable, read_header
 
-RELEASED = "google/diffusiongemma-26B-A4B-it"
 PACKS = tuple(f"mlx-community/diffusiongemma-26B-A4B-it-{kind}" for kind in ("4bit", "8bit", "bf16"))
 INDEX = "model.safetensors.index.json"
 
@@ -55,40 +54,28 @@ class Rule:
     because: str
 
 
-def knowledge() -> Path:
-    """The folder `convert/`: the copy packed in the wheel, else the one beside the package."""
-    package = Path(__file__).parent
-    return next(path for path in (package / "_convert", package.parent / "convert") if path.is_dir())
-
-
 @functools.cache
-def source() -> dict[str, Any]:
-    """The checkpoint description as it stands in the TOML file."""
-    return tomllib.loads((knowledge() / "diffusiongemma-26b-a4b.toml").read_text())
-
-
-@functools.cache
-def _rules() -> tuple[Rule, ...]:
-    rules = []
-    for fate, key in (("keep", "name"), ("rename", "to"), ("drop", "same_as"), ("refuse", "name")):
-        for entry in source()[fate]:
-            rules.append(
-                Rule(
-                    fate=fate,
-                    pattern=glob(entry["name"]),
-                    target=entry[key],
-                    component=entry.get("component", ""),
-                    quantize=entry.get("quantize", False),
-                    because=entry["because"],
-                )
-            )
-    return tuple(rules)
+def rules() -> tuple[Rule, ...]:
+    """All rules, in the order in which they are asked."""
+    described = tomllib.loads((knowledge() / "diffusiongemma-26b-a4b.toml").read_text())
+    return tuple(
+        Rule(
+            fate=fate,
+            pattern=glob(entry["name"]),
+            target=entry[key],
+            component=entry.get("component", ""),
+            quantize=entry.get("quantize", False),
+            because=entry["because"],
+        )
+        for fate, key in (("keep", "name"), ("rename", "to"), ("drop", "same_as"), ("refuse", "name"))
+        for entry in described[fate]
+    )
 
 
 @functools.cache
 def find_rule(name: str) -> tuple[Rule | None, str]:
     """The first rule for a tensor name, and the name its target means for this one."""
-    for rule in _rules():
+    for rule in rules():
         if match := rule.pattern.fullmatch(name):
             target = rule.target
             for part in match.groups():
@@ -212,14 +199,16 @@ def _shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
                 )
     else:
         where = None
-        names = sorted(path.name for path in folder.glob("model*.safetensors"))
+        names = found = sorted(path.name for path in folder.glob("model*.safetensors"))
         if match := re.fullmatch(r"model-\d+-of-(\d+)\.safetensors", names[0] if names else ""):
             names = [f"model-{i + 1:05d}-of-{match[1]}.safetensors" for i in range(min(int(match[1]), 100_000))]
+        if len(found) > len(names):
+            raise CheckpointError(f"{folder} has weights in more than one form, and no index says which: {found[0]}, …")
     if not names:
         raise CheckpointError(f"no model*.safetensors in {folder}: there are no weights to read.")
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(
-            f"{folder} lacks {len(absent)} of {len(names)} weight files: {', '.join(absent[:3])}"
+            f"{folder} lacks {len(absent)} of {len(names)} weight files: {', '.join(map(printable, absent[:3]))}"
             f"{' …' if len(absent) > 3 else ''}.\nDownload the checkpoint again."
         )
     return [folder / name for name in names], where
@@ -232,14 +221,14 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     for file in files:
         for tensor in read_header(file):
             if other := tensors.get(tensor.name):
-                raise CheckpointError(f"{tensor.name} is in two files: {other.file.name} and {file.name}.")
+                raise CheckpointError(f"{printable(tensor.name)} is in two files: {other.file.name} and {file.name}.")
             tensors[tensor.name] = tensor
     if index is not None:
         for name, file in index.items():
             if name not in tensors:
-                raise CheckpointError(f"{INDEX} names {name}, and {file} does not have it.")
+                raise CheckpointError(f"{INDEX} names {printable(name)}, and {file} does not have it.")
             if tensors[name].file.name != file:
-                raise CheckpointError(f"{INDEX} puts {name} in {file}; it is in {tensors[name].file.name}.")
+                raise CheckpointError(f"{INDEX} puts {printable(name)} in {file}; it is in {tensors[name].file.name}.")
         if extra := tensors.keys() - index.keys():
             raise CheckpointError(f"{INDEX} does not mention {_tensors(extra)}: {families(extra)}.")
     return tensors
@@ -253,7 +242,7 @@ def families(names: Iterable[str], limit: int = 3) -> str:
     """Names for an error message, layers folded together: `layers.{n}.mlp.up_proj.weight (30 ×)`."""
     counts: dict[str, int] = {}
     for name in sorted(names):
-        folded = re.sub(r"\.\d+\.", ".{n}.", name)
+        folded = re.sub(r"\.\d+\.", ".{n}.", printable(name))
         counts[folded] = counts.get(folded, 0) + 1
     shown = [f"{name} ({count} ×)" if count > 1 else name for name, count in counts.items()]
     return ", ".join(shown[:limit]) + (f" and {len(shown) - limit} more kinds" if len(shown) > limit else "")
@@ -309,7 +298,7 @@ def _by_pack_name(found: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[tu
         if rule is None:
             unknown.append(name)
         elif rule.fate == "refuse":
-            raise CheckpointError(f"this checkpoint cannot be read: it has {name}.\n{rule.because}")
+            raise CheckpointError(f"this checkpoint cannot be read: it has {printable(name)}.\n{rule.because}")
         elif rule.fate == "drop":
             tied.append((tensor, find_rule(target)[1]))
         elif (target := target if packed == name else name) in tensors:

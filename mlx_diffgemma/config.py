@@ -7,11 +7,14 @@ know, because a renamed key that silently becomes a default value is a wrong mod
 import dataclasses
 import functools
 import re
+import tomllib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
 
+RELEASED = "google/diffusiongemma-26B-A4B-it"
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 # Keys that Hugging Face writes beside the architecture and that do not change the maths of the text model.
@@ -390,6 +393,45 @@ class Recipe:
             allow_low_bit_trunk=values.get("allow_low_bit_trunk", False),
             experimental=values.get("experimental", False),
         )
+
+
+def knowledge() -> Path:
+    """The folder `convert/`: the copy packed in the wheel, else the one beside the package."""
+    package = Path(__file__).parent
+    return next(path for path in (package / "_convert", package.parent / "convert") if path.is_dir())
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(file.stem for file in (knowledge() / "recipes").glob("*.toml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by name, or from a TOML file. `extends` puts another recipe's overrides behind its own."""
+    return Recipe.from_dict(_recipe_values(name, ()), Path(name).stem if name.endswith(".toml") else name)
+
+
+def _recipe_values(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    file = Path(name) if name.endswith(".toml") else knowledge() / "recipes" / f"{name}.toml"
+    if not file.is_file() or name in seen:
+        raise ConfigError(f"there is no recipe {name!r}; expected a .toml file or one of {', '.join(recipe_names())}.")
+    try:
+        values = tomllib.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"recipe {file} cannot be read: {error}.") from None
+    if (parent := values.pop("extends", None)) is None:
+        return values
+    inherited = _recipe_values(str(parent), (*seen, name)).get("override", [])
+    return values | {"override": [*values.get("override", []), *inherited]}
+
+
+def adhoc_recipe(bits: int | None, group_size: int | None, mode: str | None) -> Recipe:
+    """The experts as asked (None: MLX's default for the mode), the trunk as in q4."""
+    asked = {"bits": bits, "group_size": group_size, "mode": mode}
+    base = Quantization.from_dict({key: value for key, value in asked.items() if value is not None}, "-q")
+    packing = f"{base.bits}-bit/{base.group_size}" if base.mode == "affine" else base.mode
+    because = f"Chosen on the command line: {packing} experts, 8-bit trunk."
+    return dataclasses.replace(load_recipe("q4"), name=packing.replace("/", "-"), because=because, base=base)
 
 
 DTYPES = ("bfloat16", "float16", "float32")

@@ -4,101 +4,73 @@ The work is done in packs.py; what the converter knows is data, in convert/.
 """
 
 import time
-import tomllib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
-import rich.progress
-from rich.console import Console
-from rich.progress import BarColumn, TimeRemainingColumn
-from rich.table import Table
 
-from . import checkpoint, quantize
-from .checkpoint import RELEASED, open_checkpoint
 from .cli import command
-from .config import DTYPES, MODE_DEFAULTS, ModelConfig, Quantization, Recipe
-from .errors import ConfigError
-from .packs import Conversion, Error, Piece, Progress, convert, prepare, verify
-from .quantize import Planned
-from .shards import lay_out
+from .config import DTYPES, MODE_DEFAULTS, RELEASED, ModelConfig, Recipe, adhoc_recipe, load_recipe, recipe_names
 
-# ------------------------------------------------------------------------------------------------------- recipes
-
-
-def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
-    return sorted(file.stem for file in (checkpoint.knowledge() / "recipes").glob("*.toml"))
-
-
-def load_recipe(name: str) -> Recipe:
-    """A recipe by name, or from a TOML file. `extends` takes another recipe's overrides behind its own."""
-    return Recipe.from_dict(_recipe_values(name, ()), name)
-
-
-def _recipe_values(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
-    file = Path(name) if name.endswith(".toml") else checkpoint.knowledge() / "recipes" / f"{name}.toml"
-    if not file.is_file() or name in seen:
-        raise ConfigError(f"there is no recipe {name!r}; expected a .toml file or one of {', '.join(recipe_names())}.")
-    try:
-        values = tomllib.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"recipe {file} cannot be read: {error}.") from None
-    if (parent := values.pop("extends", None)) is None:
-        return values
-    inherited = _recipe_values(str(parent), (*seen, name))
-    return values | {"override": [*values.get("override", []), *inherited.get("override", [])]}
-
-
-def adhoc_recipe(bits: int | None, group_size: int | None, mode: str | None) -> Recipe:
-    """`-q`: the experts as asked, the trunk as in q4 (8-bit)."""
-    asked = {"bits": bits, "group_size": group_size, "mode": mode}
-    base = Quantization.from_dict({key: value for key, value in asked.items() if value is not None}, "-q")
-    name = f"-q, {quantize.describe(base, '')}"
-    return replace(load_recipe("q4"), name=name, because="Chosen on the command line; 8-bit trunk.", base=base)
-
+if TYPE_CHECKING:  # what is slow to import is imported where it is used
+    from .packs import Conversion, Error, Piece
+    from .quantize import Planned
 
 # ----------------------------------------------------------------------------------------------------- the terminal
 
 
-class Bar(Progress):
+class Bar:
     """A progress bar on a terminal; elsewhere a log line every 15 seconds. Both on stderr."""
 
     def __init__(self, verb: str):
-        self.verb = verb
-        self.console = Console(stderr=True)
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
-    @contextmanager
-    def over(self, tensors: int, nbytes: int) -> Iterator[None]:
-        self.tensors, self.nbytes, self.done, self.whole = tensors, nbytes, 0, 0
-        self.began = self.logged = time.monotonic()
+        self.verb, self.console = verb, Console(stderr=True)
         columns = ("{task.description}", BarColumn(), "{task.fields[state]}", TimeRemainingColumn())
-        self.bar = rich.progress.Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self.task = self.bar.add_task(self.verb, total=nbytes, state="")
-        with self.bar:
-            yield
-        self.console.print(f"{self.verb}: {self._state()} in {time.monotonic() - self.began:.0f} s")
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.tensors = self.nbytes = self.whole = self.done = 0
+        self.began = self.logged = time.monotonic()
 
-    def _state(self) -> str:
-        rate = self.done / max(time.monotonic() - self.began, 1e-9)
-        return f"{self.whole}/{self.tensors} tensors, {self.done / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s"
+    def __enter__(self) -> "Bar":
+        self.bar.start()
+        return self
 
-    def advance(self, piece: Piece) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+        if self.done:
+            self.console.print(f"{self.verb}: {self._state()} in {time.monotonic() - self.began:.0f} s")
+
+    def begin(self, tensors: int, nbytes: int) -> None:
+        self.tensors, self.nbytes = tensors, nbytes
+        self.began = self.logged = time.monotonic()
+        self.bar.add_task(self.verb, total=nbytes, state="")
+
+    def advance(self, piece: "Piece") -> None:
         self.done += piece.nbytes
         self.whole += piece.stop == piece.tensor.rows
-        self.bar.update(self.task, completed=self.done, state=self._state())
+        self.bar.update(self.bar.task_ids[0], completed=self.done, state=self._state())
         if not self.console.is_terminal and time.monotonic() - self.logged > 15:
             self.logged = time.monotonic()
             left = (self.logged - self.began) * (self.nbytes / self.done - 1)
             self.console.print(f"{self.verb}: {self._state()}, {left:.0f} s left")
 
+    def _state(self) -> str:
+        rate = self.done / max(time.monotonic() - self.began, 1e-9)
+        return f"{self.whole}/{self.tensors} tensors, {self.done / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s"
 
-def print_plan(config: ModelConfig, recipe: Recipe, planned: list[Planned], weight_files: int) -> None:
+
+def print_plan(config: ModelConfig, recipe: Recipe, planned: "Sequence[Planned]") -> None:
     """What a conversion will make: sizes to the byte, memory to run it, and the Macs it fits."""
-    out = Console()
+    from rich.console import Console
+    from rich.table import Table
+
+    from . import quantize
+    from .shards import lay_out
+
+    out, weight_files = Console(), sum(shard.size for shard in lay_out(planned))
     table = Table("component", "tensors", "packing", "bits/weight", "bytes", title=f"recipe {recipe.name}")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -118,7 +90,10 @@ def print_plan(config: ModelConfig, recipe: Recipe, planned: list[Planned], weig
     _warn(recipe, planned)
 
 
-def _warn(recipe: Recipe, planned: Iterable[Planned]) -> None:
+def _warn(recipe: Recipe, planned: "Sequence[Planned]") -> None:
+    from .checkpoint import families
+    from .quantize import describe
+
     if recipe.dtype == "float16":
         click.echo("Warning: Gemma's activations can overflow float16 and turn into NaN; bfloat16 is safe.", err=True)
     if recipe.experimental:
@@ -126,15 +101,20 @@ def _warn(recipe: Recipe, planned: Iterable[Planned]) -> None:
     changed: dict[str, list[str]] = {}
     for item in planned:
         if item.wanted:
-            line = f"{quantize.describe(item.wanted, '')} does not divide their width: "
-            line += f"{quantize.describe(item.how, recipe.dtype)} instead"
+            wanted, got = describe(item.wanted, ""), describe(item.how, recipe.dtype)
+            line = f"{wanted} does not divide their width: {got} instead"
             changed.setdefault(line, []).append(item.source.path)
     for line, paths in changed.items():
-        click.echo(f"Warning: {checkpoint.families(paths)}: {line}.", err=True)
+        click.echo(f"Warning: {families(paths)}: {line}.", err=True)
 
 
-def print_errors(errors: dict[str, dict[str, Error]]) -> None:
+def print_errors(errors: "dict[str, dict[str, Error]]") -> None:
     """The verification's report: per component, the relative RMS error and the worst tensor."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .packs import Error
+
     table = Table("component", "relative RMS error", "worst tensor", "its error", title="every byte as it should be")
     for component, tensors in errors.items():
         whole = Error()
@@ -190,24 +170,27 @@ def main(
         raise click.UsageError("--dry-run writes nothing: it excludes --upload-repo, --verify and --force.")
     chosen = adhoc_recipe(*asked) if ad_hoc else load_recipe(recipe or "q4")
     chosen = replace(chosen, dtype=dtype or chosen.dtype)
+    from . import checkpoint, packs
+
     if upload_repo:
         checkpoint.check_upload(upload_repo)
-    local = Path(hf_path).expanduser().is_dir()
+    local, target = Path(hf_path).expanduser().is_dir(), Path(mlx_path).expanduser()
     folder = checkpoint.resolve(hf_path, revision, weights=not dry_run)
     if dry_run and not local:
         _dry_run_remote(folder, chosen, ignore_key)
         return
-    source = open_checkpoint(folder, ignore_keys=ignore_key)
-    plan = prepare(source, chosen, repo=None if local else hf_path)
+    source = checkpoint.open_checkpoint(folder, ignore_keys=ignore_key)
+    plan = packs.prepare(source, chosen, repo=None if local else hf_path)
     if dry_run:
-        print_plan(source.config, chosen, list(plan.planned), sum(shard.size for shard in plan.shards))
+        print_plan(source.config, chosen, plan.planned)
         return
-    target = Path(mlx_path).expanduser()
     if not (verifying and not force and (target / "config.json").is_file()):
         _warn(chosen, plan.planned)
         _convert_aloud(plan, target, force)
     if verifying:
-        print_errors(verify(source, target, Bar("verifying")))
+        with Bar("verifying") as bar:
+            errors = packs.verify(source, target, bar)
+        print_errors(errors)
     if upload_repo:
         checkpoint.upload(target, upload_repo)
         click.echo(f"https://huggingface.co/{upload_repo}")
@@ -215,14 +198,18 @@ def main(
 
 def _dry_run_remote(folder: Path, recipe: Recipe, ignore_keys: tuple[str, ...]) -> None:
     """A Hub repository's plan from its config alone: shapes follow from it."""
+    from . import checkpoint, quantize
+
     config = checkpoint.read_config(folder, ignore_keys=ignore_keys)
-    planned = quantize.plan(recipe, checkpoint.sources(config))
-    print_plan(config, recipe, planned, sum(shard.size for shard in lay_out(planned)))
+    print_plan(config, recipe, quantize.plan(recipe, checkpoint.sources(config)))
 
 
-def _convert_aloud(plan: Conversion, target: Path, force: bool) -> None:
+def _convert_aloud(plan: "Conversion", target: Path, force: bool) -> None:
+    from .packs import convert
+
     try:
-        convert(plan, target, force=force, progress=Bar("converting"))
+        with Bar("converting") as bar:
+            convert(plan, target, force=force, progress=bar)
     except KeyboardInterrupt:
         click.echo("Interrupted. Finished shards are kept; run the same command again to continue.", err=True)
         raise

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from . import __version__, checkpoint, quantize
-from .checkpoint import INDEX, RELEASED, Checkpoint, open_checkpoint, read_json
-from .config import GenerationConfig, Recipe
+from .checkpoint import INDEX, Checkpoint, open_checkpoint, read_json
+from .config import RELEASED, GenerationConfig, Recipe
 from .errors import CheckpointError, ConfigError
 from .quantize import NAMES, WORDS, Planned
 from .shards import SHARD, Shard, Tensor, as_array, as_raw, lay_out, read_rows, write_at
@@ -51,16 +51,19 @@ class Piece:
         return (self.stop - self.start) * self.tensor.nbytes // self.tensor.rows
 
 
-def pieces(tensor: Tensor, item: Planned, size: int = PIECE) -> Iterator[Piece]:
-    """The tensor in pieces of at most `size` bytes, or one row."""
-    rows = tensor.rows
-    step = max(1, size * rows // tensor.nbytes)
-    for start in range(0, rows, step):
-        yield Piece(tensor=tensor, item=item, start=start, stop=min(start + step, rows))
+def cuts(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """The tensor's rows in runs of at most PIECE bytes, or one row."""
+    step = max(1, PIECE * tensor.rows // tensor.nbytes)
+    return ((start, min(start + step, tensor.rows)) for start in range(0, tensor.rows, step))
 
 
-def pack(piece: Piece, dtype: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """A piece's stored rows by tensor name, and the raw rows they come from, cast to `dtype`.
+def pieces(pairs: Iterable[tuple[Tensor, Planned]]) -> list[Piece]:
+    """All the work there is, in the order of the tensors."""
+    return [Piece(tensor=t, item=item, start=a, stop=b) for t, item in pairs for a, b in cuts(t)]
+
+
+def pack(piece: Piece, dtype: str) -> dict[str, np.ndarray]:
+    """A piece's stored rows as raw integers, by tensor name; what is not packed is cast to `dtype`.
 
     Errors: CheckpointError for NaN or infinity, in the source or because `dtype` cannot hold a value.
     """
@@ -70,10 +73,10 @@ def pack(piece: Piece, dtype: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
         cast = as_raw(as_array(raw, piece.tensor.dtype).astype(quantize.DTYPES[dtype]))
     _refuse_nonfinite(piece.tensor, raw, cast, dtype)
     if (how := piece.item.how) is None:
-        return {piece.item.source.name: cast}, cast
+        return {piece.item.source.name: cast}
     parts = quantize.quantize(as_array(cast, dtype), how)
     mx.eval(parts)
-    return {f"{piece.item.source.path}.{part}": as_raw(array) for part, array in parts.items()}, cast
+    return {f"{piece.item.source.path}.{part}": as_raw(array) for part, array in parts.items()}
 
 
 def _refuse_nonfinite(tensor: Tensor, raw: np.ndarray, cast: np.ndarray, dtype: str) -> None:
@@ -92,16 +95,24 @@ def _largest(raw: np.ndarray) -> int:
     return int((raw & raw.dtype.type((1 << 8 * raw.itemsize - 1) - 1)).max(initial=0))
 
 
-class Progress:
-    """How far the work is: silent here."""
+class Progress(Protocol):
+    """Whoever wants to know how far the work is."""
 
-    @contextmanager
-    def over(self, tensors: int, nbytes: int) -> Iterator[None]:
-        """Surrounds work on so many tensors and source bytes."""
-        yield
+    def begin(self, tensors: int, nbytes: int) -> None:
+        """So many tensors and source bytes are ahead."""
 
     def advance(self, piece: Piece) -> None:
         """One piece is done."""
+
+
+class Silence:
+    """A Progress that nobody watches."""
+
+    def begin(self, tensors: int, nbytes: int) -> None:
+        pass
+
+    def advance(self, piece: Piece) -> None:
+        pass
 
 
 # ----------------------------------------------------------------------------------------------------- conversion
@@ -166,12 +177,10 @@ def prepare(source: Checkpoint, recipe: Recipe, *, shard_bytes: int = SHARD, rep
 
 
 def _refuse_untied(tensor: Tensor, twin: Tensor) -> None:
-    same = tensor.shape == twin.shape and tensor.dtype == twin.dtype
-    rows, step = tensor.rows, max(1, PIECE * tensor.rows // tensor.nbytes)
-    for start in range(0, rows if same else 0, step):
-        stop = min(start + step, rows)
-        same = same and np.array_equal(read_rows(tensor, start, stop), read_rows(twin, start, stop))
-    if not same:
+    alike = tensor.shape == twin.shape and tensor.dtype == twin.dtype
+    if not alike or not all(
+        np.array_equal(read_rows(tensor, start, stop), read_rows(twin, start, stop)) for start, stop in cuts(tensor)
+    ):
         raise checkpoint.trained_apart(tensor, twin.name)
 
 
@@ -185,15 +194,15 @@ def convert(plan: Conversion, target: Path, *, force: bool = False, progress: Pr
     partial = target.with_name(target.name + ".partial")
     with _claimed(partial, plan.fingerprint()):
         try:
-            _write_shards(plan, partial, progress or Progress())
+            _write_shards(plan, partial, progress or Silence())
             _write_sides(plan, partial)
         except (CheckpointError, ConfigError):
             shutil.rmtree(partial)
             raise
         except OSError as error:
             raise CheckpointError(
-                f"{partial} cannot be written: {error.strerror or error}.\nFinished shards are kept:"
-                " make room, then run the same command again."
+                f"{partial} stopped growing: {error.strerror or error}.\n"
+                "Finished shards are kept: see to it, then run the same command again."
             ) from error
         replaced = target.with_name(f".{target.name}.replaced")
         if target.exists():
@@ -258,19 +267,19 @@ def _write_shards(plan: Conversion, folder: Path, progress: Progress) -> None:
         )
     tensors = [tensor for shard in todo for tensor, _ in plan.tensors(shard.items)]
     dtype = NAMES[plan.recipe.dtype]
-    with progress.over(len(tensors), sum(tensor.nbytes for tensor in tensors)), _workers() as pool:
+    progress.begin(len(tensors), sum(tensor.nbytes for tensor in tensors))
+    with _workers() as pool:
         for shard in todo:
             with (folder / f"{shard.name}.tmp").open("wb", buffering=0) as stream:
                 stream.write(shard.header)
                 stream.truncate(shard.size)
 
                 def write(piece: Piece, shard: Shard = shard, file: int = stream.fileno()) -> Piece:
-                    for name, rows in pack(piece, dtype)[0].items():
+                    for name, rows in pack(piece, dtype).items():
                         write_at(file, rows.data.cast("B"), shard.slots[name].start + piece.start * rows[0].nbytes)
                     return piece
 
-                work = [piece for pair in plan.tensors(shard.items) for piece in pieces(*pair)]
-                for piece in pool.map(write, work):
+                for piece in pool.map(write, pieces(plan.tensors(shard.items))):
                     progress.advance(piece)
                 os.fsync(stream.fileno())
             (folder / f"{shard.name}.tmp").rename(folder / shard.name)
@@ -416,11 +425,11 @@ def verify(source: Checkpoint, folder: Path, progress: Progress | None = None) -
     _compare_configs(source, pack_of, dtype)
     planned = [_as_stored(item, pack_of, dtype) for item in checkpoint.sources(source.config)]
     errors: dict[str, dict[str, Error]] = {}
-    progress = progress or Progress()
+    progress = progress or Silence()
     pairs = [(source.tensors[item.source.name], item) for item in planned]
-    with progress.over(len(pairs), sum(tensor.nbytes for tensor, _ in pairs)), _workers() as pool:
-        work = [piece for pair in pairs for piece in pieces(*pair)]
-        for piece, error, weight in pool.map(lambda piece: _check(piece, pack_of, dtype), work):
+    progress.begin(len(pairs), sum(tensor.nbytes for tensor, _ in pairs))
+    with _workers() as pool:
+        for piece, error, weight in pool.map(lambda piece: _check(piece, pack_of, dtype), pieces(pairs)):
             progress.advance(piece)
             component = errors.setdefault(piece.item.source.component, {})
             component.setdefault(piece.item.source.name, Error()).add(error, weight)
@@ -456,7 +465,7 @@ def _as_stored(source: quantize.Source, pack_of: Checkpoint, dtype: str) -> Plan
 
 def _check(piece: Piece, pack_of: Checkpoint, dtype: str) -> tuple[Piece, float, float]:
     """Compare one piece byte for byte, and return its squared error and squared weight."""
-    made, _ = pack(piece, dtype)
+    made = pack(piece, dtype)
     found = {name: read_rows(pack_of.tensors[name], piece.start, piece.stop) for name in made}
     for name, rows in made.items():
         if not np.array_equal(rows, found[name]):

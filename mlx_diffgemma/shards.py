@@ -43,6 +43,11 @@ class Tensor:
         return prod(self.shape[:-1])
 
 
+def printable(name: str) -> str:
+    """A name as an error message may show it: a downloaded file decides what it is."""
+    return name if name.isprintable() and len(name) <= 120 else ascii(name)[:120]
+
+
 def read_header(file: Path) -> list[Tensor]:
     """The tensors of one safetensors file, in the order of their bytes.
 
@@ -71,7 +76,7 @@ def read_header(file: Path) -> list[Tensor]:
     for tensor in sorted(tensors, key=lambda t: (t.start, t.nbytes)):
         if tensor.start != position:
             raise CheckpointError(
-                f"{where}: the header lies about offsets: {tensor.name} begins at byte {tensor.start:,},"
+                f"{where}: the header lies about offsets: {printable(tensor.name)} begins at byte {tensor.start:,},"
                 f" the tensor before it ends at {position:,}.\nDownload it again."
             )
         position += tensor.nbytes
@@ -93,17 +98,19 @@ def _entry(name: str, entry: Any, file: Path, base: int) -> Tensor:
         if not all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, start, end)) or not isinstance(dtype, str):
             raise ValueError
     except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{file.name}: the header's entry for {name} is malformed: {str(entry)[:80]}") from None
+        raise CheckpointError(
+            f"{file.name}: the header's entry for {printable(name)} is malformed: {ascii(entry)[:80]}"
+        ) from None
     if dtype not in SIZES:
         raise CheckpointError(
-            f"{file.name}: {name} has dtype {dtype}, expected {', '.join(FLOATS)}.\n"
+            f"{file.name}: {printable(name)} has dtype {printable(dtype)}, expected {', '.join(FLOATS)}.\n"
             "Checkpoints quantized by other tools are not read; start from the released bf16 repository."
         )
     tensor = Tensor(name=name, file=file, dtype=dtype, shape=tuple(shape), start=base + start)
     if tensor.nbytes != end - start:
         raise CheckpointError(
-            f"{file.name}: the header lies about offsets: {name} is {dtype} {shape}, {tensor.nbytes:,} bytes,"
-            f" and claims {end - start:,}.\nDownload it again."
+            f"{file.name}: the header lies about offsets: {printable(name)} is {dtype} {shape},"
+            f" {tensor.nbytes:,} bytes, and claims {end - start:,}.\nDownload it again."
         )
     return tensor
 

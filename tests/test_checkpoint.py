@@ -4,6 +4,7 @@ import hashlib
 import json
 import lzma
 import math
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from mlx_diffgemma import checkpoint
 from mlx_diffgemma.checkpoint import INDEX, expected_tensors, find_rule, load_network, open_checkpoint
-from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.config import RELEASED, ModelConfig, knowledge
 from mlx_diffgemma.errors import CheckpointError, ConfigError
 from mlx_diffgemma.quantize import SIZES, packing
 
@@ -51,8 +52,10 @@ def test_every_released_name_has_a_rule_and_every_rule_a_name() -> None:
     assert {rule.component for rule, _ in found.values() if rule and not rule.component} == set()
     packed = [name if name.endswith(".weight") else f"{name}.weight" for name in names if ".experts." in name]
     used = {find_rule(name)[0] for name in (*names, *packed)}
-    unused = [rule for rule in checkpoint._rules() if rule.fate in ("keep", "rename") and rule not in used]
+    unused = [rule for rule in checkpoint.rules() if rule.fate in ("keep", "rename") and rule not in used]
     assert unused == []
+    described = tomllib.loads((knowledge() / "diffusiongemma-26b-a4b.toml").read_text())
+    assert described["source"]["repo"] == RELEASED
 
 
 @pytest.mark.parametrize(
@@ -166,7 +169,7 @@ def test_vision_may_be_absent_as_a_whole_but_not_in_part(tmp_path: Path) -> None
     extra = {name: shapes[name] for name in ("model.encoder.vision_tower.std_bias",)}
     part = synthetic.small(tmp_path / "b", config=config | {"vision_config": None}, extra=extra)
     (part / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"tensors are missing in .*vision_tower"):
+    with pytest.raises(CheckpointError, match=r"lacks \d+ of \d+ tensors: .*vision_tower"):
         load_network(part)
 
 

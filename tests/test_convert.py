@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 
 from mlx_diffgemma import checkpoint, packs, quantize
 from mlx_diffgemma.checkpoint import INDEX, load_network, open_checkpoint
-from mlx_diffgemma.convert import load_recipe, main, recipe_names
+from mlx_diffgemma.config import RELEASED, load_recipe, recipe_names
+from mlx_diffgemma.convert import main
 from mlx_diffgemma.packs import convert, prepare
 from mlx_diffgemma.shards import read_header
 
@@ -238,7 +239,7 @@ def test_a_dry_run_of_a_hub_repository_needs_its_config_alone(tmp_path: Path, mo
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     dry = run("--dry-run")
     assert dry.exit_code == 0, dry.stderr
-    assert asked[0]["repo"] == checkpoint.RELEASED
+    assert asked[0]["repo"] == RELEASED
     assert not any("safetensors" in pattern for pattern in asked[0]["allow_patterns"])
     assert "16,556,429,016" in dry.stdout
     assert "32 GB" in dry.stdout

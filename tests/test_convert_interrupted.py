@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mlx_diffgemma import packs
 from mlx_diffgemma.checkpoint import load_network, open_checkpoint
-from mlx_diffgemma.convert import load_recipe
+from mlx_diffgemma.config import load_recipe
 from mlx_diffgemma.errors import CheckpointError, ConfigError
 from mlx_diffgemma.packs import Conversion, convert, prepare, verify
 from mlx_diffgemma.shards import read_header
@@ -45,7 +45,7 @@ import sys, time
 from pathlib import Path
 from mlx_diffgemma import packs
 from mlx_diffgemma.checkpoint import open_checkpoint
-from mlx_diffgemma.convert import load_recipe
+from mlx_diffgemma.config import load_recipe
 
 write = packs.write_at
 def slowly(*args):
@@ -77,7 +77,7 @@ def test_killed_at_random_moments_and_resumed_the_bytes_are_the_same(source: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pack", "whole"]
 
 
-class StopAfter(packs.Progress):
+class StopAfter(packs.Silence):
     """Raises after so many pieces."""
 
     def __init__(self, pieces: int, error: BaseException | None):
@@ -151,7 +151,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(
 
 
 def test_two_processes_do_not_write_one_pack(source: Path, tmp_path: Path) -> None:
-    class Second(packs.Progress):
+    class Second(packs.Silence):
         def advance(self, piece: packs.Piece) -> None:
             with pytest.raises(ConfigError, match="another process is writing"):
                 convert(plan_for(source), tmp_path / "pack")
@@ -165,7 +165,7 @@ import resource, sys
 from pathlib import Path
 from mlx_diffgemma import packs
 from mlx_diffgemma.checkpoint import open_checkpoint
-from mlx_diffgemma.convert import load_recipe
+from mlx_diffgemma.config import load_recipe
 
 def peak():
     if sys.platform == "darwin":

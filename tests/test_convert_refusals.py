@@ -128,6 +128,11 @@ def lose_shard(folder: Path) -> None:
     shard(folder, "layers.2.").unlink()
 
 
+def two_forms(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    shutil.copy(shard(folder), folder / "model.safetensors")
+
+
 def lose_shard_and_index(folder: Path) -> None:
     lose_shard(folder)
     (folder / INDEX).unlink()
@@ -163,12 +168,17 @@ EXPERTS = "model.decoder.layers.1.experts.down_proj"
 REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a shard is missing": (lose_shard, r"lacks 1 of \d+ weight files: model-0000"),
     "a shard is missing, no index": (lose_shard_and_index, r"lacks 1 of \d+ weight files: model-0000"),
+    "two sets of weights": (two_forms, r"has weights in more than one form, and no index says which: model-00001"),
     "a shard is truncated": (truncate, r"model-\d+-of-\d+.safetensors is truncated or padded: [\d,]+ bytes expected"),
     "a shard is padded": (lengthen, r"is truncated or padded"),
     "a header is huge": (huge_header, r"header claims 1,099,511,627,776 bytes"),
     "a pointer instead of a file": (text_header, r"is not a whole safetensors file"),
     "offsets do not begin at the data": (edit_header(shift_offsets), r"lies about offsets: .* begins at byte"),
     "offsets do not match the shape": (edit_header(shrink_shape), r"lies about offsets: .* is BF16 \[1\], 2 bytes"),
+    "a name that would write on the terminal": (
+        edit_header(lambda h: h.update({"\x1b[2J\n\n\nx": h.pop(EMBED)}), EMBED),
+        r"does not have it|mentions 1 tensor: '.x1b\[2J.n.n.nx'",
+    ),
     "an entry is not an entry": (edit_header(lambda h: h.update(x=3)), r"entry for x is malformed: 3"),
     "a negative dimension": (
         edit_header(lambda h: h.update(x={"dtype": "BF16", "shape": [-1], "data_offsets": [0, 0]})),

@@ -8,8 +8,15 @@ import mlx.core as mx
 import pytest
 
 from mlx_diffgemma import checkpoint, quantize
-from mlx_diffgemma.config import ModelConfig, Override, Quantization, Recipe
-from mlx_diffgemma.convert import adhoc_recipe, load_recipe, recipe_names
+from mlx_diffgemma.config import (
+    ModelConfig,
+    Override,
+    Quantization,
+    Recipe,
+    adhoc_recipe,
+    load_recipe,
+    recipe_names,
+)
 from mlx_diffgemma.errors import ConfigError
 from mlx_diffgemma.quantize import SIZES, Planned, Source
 
