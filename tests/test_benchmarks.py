@@ -93,15 +93,16 @@ def test_q4_is_the_published_4bit_pack_but_for_self_conditioning(models: dict[st
     assert models["q4"].weight_bytes == published - vision_tower - embed_vision + eight_instead_of_four
 
 
-def test_attention_counts_every_pair_that_a_mask_allows() -> None:
+@pytest.mark.parametrize("prefix", [0, 3, 25])
+def test_attention_counts_every_pair_that_a_mask_allows(prefix: int) -> None:
     config = ModelConfig.from_dict(synthetic.small_config())
-    rows, prefix, window = 40, 25, config.sliding_window
+    rows, window = 40, config.sliding_window
     query, key = np.arange(prefix, prefix + rows)[:, None], np.arange(prefix + rows)[None]
     causal = key <= query
     flops = {False: 0, True: 0}
     for layer in config.layers:
         near = query - key < window if layer.is_sliding else np.ones_like(causal)
-        held = key >= prefix - (window - 1 if layer.is_sliding else prefix)
+        held = (key >= prefix - window + 1) | (not layer.is_sliding)
         width = 4 * config.num_attention_heads * layer.head_dim
         flops[True] += width * int((causal & near).sum())
         flops[False] += width * int(np.broadcast_to(held, causal.shape).sum())
