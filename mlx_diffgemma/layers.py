@@ -11,15 +11,13 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .config import LayerConfig, ModelConfig
-from .masks import Mask
+from .masks import Mask, Window
 
 # What attention looks at: takes the keys and values just computed, returns all that may be seen.
 Memory = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 
 SORT_FROM = 64  # (token, expert) pairs from which sorting by expert pays
-SCORES = 1 << 25  # attention scores that may exist at once
-FUSED_HEADS = (64, 80, 128)  # head sizes for which MLX has a fused attention kernel
-LOWEST = -1e30  # stands for −∞ where ∞ − ∞ would be NaN
+SCORES = 1 << 26  # attention scores that may exist at once
 
 
 @partial(mx.compile, shapeless=True)
@@ -136,48 +134,34 @@ class Attention(nn.Module):
 def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
     """Softmax attention at scale 1: queries [B, heads, T, D], keys and values [B, kv heads, K, D].
 
-    MLX has fused kernels for small heads only; for others it holds every score at once. Where those would be
-    many (a long prefix, a long chunk), the keys are walked in blocks instead.
+    MLX has fused kernels for small heads only; for others it holds every score at once. Where those would be many
+    (a long prefix, a long chunk), and where a window hides most keys, runs of queries are taken one after the
+    other, each with the keys it can see. A query's result is its own, so this changes nothing.
     """
-    block = max(SCORES // (queries.shape[1] * queries.shape[2]), 256)
-    if keys.shape[2] <= block or queries.shape[3] in FUSED_HEADS:
+    length, total = queries.shape[2], keys.shape[2]
+    step = max(SCORES // (queries.shape[1] * total), 1)
+    if isinstance(mask, Window):
+        pieces = list(mask.pieces(min(step, max(mask.window // 4, 1))))
+    elif length <= step:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
-    return attend_blockwise(queries, keys, values, mask, block)
+    else:
+        pieces = [_piece(mask, length, total, start, min(start + step, length)) for start in range(0, length, step)]
+    outputs: list[mx.array] = []
+    for rows, columns, part in pieces:
+        q = mx.depends(queries[:, :, rows], outputs[-1:]) if outputs else queries[:, :, rows]  # not all at once
+        k, v = keys[:, :, columns], values[:, :, columns]
+        outputs.append(mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=part))
+    return mx.concatenate(outputs, axis=2)
 
 
-def attend_blockwise(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, block: int) -> mx.array:
-    """`attend`, `block` keys at a time, with running sums about a running maximum (arXiv 2205.14135)."""
-    batch, heads, length, dim = queries.shape
-    kv_heads, total = keys.shape[1:3]
-    rows = (batch, kv_heads, heads // kv_heads * length)  # the query heads of one key head stand below each other
-    q = queries.reshape(*rows, dim)
-    top, mass = mx.full((*rows, 1), LOWEST), mx.zeros((*rows, 1))
-    y = mx.zeros((*rows, dim))
-    for start in range(0, total, block):
-        stop = min(start + block, total)
-        after = mx.depends(q, [top, mass, y])  # one block after the other, or all scores would exist at once
-        scores = (after @ keys[:, :, start:stop].swapaxes(-1, -2)).astype(mx.float32)
-        part = visible(mask, length, total, start, stop)
-        if part is not None:
-            scores = mx.where(part, scores.reshape(batch, kv_heads, -1, length, stop - start), LOWEST)
-            scores = scores.reshape(*rows, -1)
-        highest = mx.maximum(top, scores.max(axis=-1, keepdims=True))
-        weights, shrink = mx.exp(scores - highest), mx.exp(top - highest)
-        mass = mass * shrink + weights.sum(axis=-1, keepdims=True)
-        y = y * shrink + weights.astype(values.dtype) @ values[:, :, start:stop]
-        top = highest
-    return (y / mass).astype(queries.dtype).reshape(queries.shape)
-
-
-def visible(mask: Mask, length: int, total: int, start: int, stop: int) -> mx.array | None:
-    """The part of a mask for keys `start` … `stop`, to broadcast over [B, kv heads, heads a key head, T, keys]."""
-    if isinstance(mask, str):  # "causal": the T queries are the last T of the keys
-        if stop <= total - length + 1:
-            return None
-        return mx.arange(start, stop) <= mx.arange(total - length, total)[:, None]
-    if mask is None:
-        return None
-    return mask[..., start:stop] if mask.ndim == 2 else mask[:, :, None, :, start:stop]
+def _piece(mask: mx.array | str | None, length: int, total: int, start: int, stop: int) -> tuple[slice, slice, Mask]:
+    """Queries `start` … `stop`, the keys they can see, and what is left of the mask."""
+    rows, columns = slice(start, stop), slice(0, total)
+    if isinstance(mask, str):  # "causal": the queries are the last keys, so these see nothing behind `stop`
+        return rows, slice(0, total - length + stop), mask
+    if mask is None or mask.shape[-2] == 1:
+        return rows, columns, mask
+    return rows, columns, mask[..., rows, :]
 
 
 def periods(layer: LayerConfig) -> mx.array:
@@ -198,16 +182,14 @@ class Layer(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
         self.router = Router(config)
         self.experts = Experts(config)
-        for name in (
-            "input_layernorm",
-            "post_attention_layernorm",
-            "pre_feedforward_layernorm",
-            "post_feedforward_layernorm",
-            "pre_feedforward_layernorm_2",
-            "post_feedforward_layernorm_1",
-            "post_feedforward_layernorm_2",
-        ):
-            setattr(self, name, nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+        norm = partial(nn.RMSNorm, config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        self.pre_feedforward_layernorm = norm()
+        self.post_feedforward_layernorm = norm()
+        self.pre_feedforward_layernorm_2 = norm()
+        self.post_feedforward_layernorm_1 = norm()
+        self.post_feedforward_layernorm_2 = norm()
         self.layer_scalar = mx.ones((1,))
 
     def __call__(self, x: mx.array, scalar: mx.array, offset: int | mx.array, memory: Memory, mask: Mask) -> mx.array:

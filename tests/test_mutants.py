@@ -184,7 +184,7 @@ def attention(patch: Patch, *, values: str = "", scale: float = 1.0) -> None:
             own = {"normed": normed, "rotated": rotated}.get(values, own)
         own = own if values == "raw" else mx.fast.rms_norm(own, None, self.eps)
         k, v = memory(rotated, own)
-        y = mx.fast.scaled_dot_product_attention(queries, k, v, scale=scale, mask=mask)
+        y = layers.attend(queries * scale, k, v, mask)
         return self.o_proj(y.transpose(0, 2, 1, 3).flatten(2))
 
     patch.setattr(Attention, "__call__", call)

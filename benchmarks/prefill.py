@@ -1,0 +1,110 @@
+"""The last chunk of a long prompt, ours beside mlx-vlm's: seconds and peak memory, in one run.
+
+    python -m benchmarks.prefill [--length 1024 8192 32768] [--runs 3] [--out FILE]
+
+Real heads and window, hidden size and depth scaled down, float32, random weights, chunks of 2,048. The prefix before the
+last chunk is random keys and values, put into each side's cache: what a chunk costs depends on how long it is, not on what
+it says, and the last chunk of a prompt is where memory peaks. "memory" is what the chunk needs beyond weights and prefix.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_vlm.models.diffusion_gemma import Model as PeerModel
+
+from benchmarks import common
+from benchmarks.step import config, our_network, peer_model
+from mlx_diffgemma.network import Network
+
+CHUNK = 2048
+
+
+def prefix_of(network: Network, length: int) -> list[tuple[mx.array, mx.array]]:
+    """Random keys and values of `length` positions for every layer."""
+    arrays = []
+    for number, layer in enumerate(network.config.layers):
+        shape = (1, layer.num_kv_heads, length, layer.head_dim)
+        keys, values = (mx.random.normal(shape, key=mx.random.key(2 * number + i)) for i in (0, 1))
+        arrays.append((keys, values))
+    return arrays
+
+
+def ours(network: Network, prefix: list[tuple[mx.array, mx.array]], length: int, chunk: mx.array) -> mx.array:
+    """Our chunk behind a prefix of `length`; returns the growth of memory's peak, in bytes, and the time in seconds."""
+    cache = network.make_cache()
+    cache.reserve(length + chunk.shape[1])
+    if length:
+        for layer, (keys, values) in zip(cache.layers, prefix, strict=True):
+            layer.append(keys, values)
+        cache.advance(length)
+    mx.eval(cache.state)
+    return measured(lambda: (network.encode(chunk, cache), mx.eval(cache.state)))
+
+
+def theirs(model: PeerModel, prefix: list[tuple[mx.array, mx.array]], length: int, chunk: mx.array) -> Any:
+    """mlx-vlm's chunk, as its chunked prefill runs it."""
+    caches = model.make_cache()
+    if length:
+        for cache, (keys, values) in zip(caches, prefix, strict=True):
+            cache.update_and_fetch(keys, values)
+    mx.eval([cache.state for cache in caches if length])
+
+    def run() -> None:
+        model.model.encoder(chunk, attention_mask=None, cache=caches)
+        mx.eval([cache.state for cache in caches])
+
+    return measured(run)
+
+
+def measured(run: Any) -> tuple[float, int]:
+    """Seconds, and bytes by which memory's peak rose above what was held before."""
+    import time
+
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start, mx.get_peak_memory() - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, nargs="+", default=[1024, 8192, 32_768])
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    raw = config(arguments.hidden, 6, 16)
+    raw["text_config"] |= {"vocab_size": arguments.vocabulary, "num_hidden_layers": 2}
+    raw["text_config"]["layer_types"] = ["sliding_attention", "full_attention"]
+    network = our_network(raw)
+    model = peer_model(raw, network)
+    document: dict[str, Any] = {**common.provenance(), "config": raw, "results": []}
+    rows = []
+    for length in arguments.length:
+        size = min(CHUNK, length)
+        chunk = mx.random.randint(0, arguments.vocabulary, (1, size), key=mx.random.key(0))
+        prefix = prefix_of(network, length - size) if length > size else []
+        sides: dict[str, list[tuple[float, int]]] = {"ours": [], "mlx-vlm": []}
+        for _ in range(arguments.runs):
+            sides["ours"].append(ours(network, prefix, length - size, chunk))
+            sides["mlx-vlm"].append(theirs(model, prefix, length - size, chunk))
+        result: dict[str, Any] = {"length": length}
+        for what, column, scale, unit in (("seconds", 0, 1.0, "s"), ("memory", 1, 1e-6, "MB")):
+            medians = {side: float(np.median([run[column] for run in runs])) for side, runs in sides.items()}
+            ratio = medians["ours"] / medians["mlx-vlm"]
+            result[what] = {**medians, "ratio": ratio}
+            mine, other = (f"{medians[side] * scale:.3f} {unit}" for side in ("ours", "mlx-vlm"))
+            rows.append([length, what, mine, other, f"{ratio:.2f}"])
+        document["results"].append(result)
+    common.report(rows, header=["prompt", "last chunk", "ours", "mlx-vlm", "ratio"])
+    common.finish(document, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
