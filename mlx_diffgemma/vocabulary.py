@@ -7,6 +7,7 @@ the keys (the head's logits) and the values (the soft embedding).
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -40,8 +41,10 @@ def soft_embedding(logits: mx.array, table: Table) -> mx.array:
 
 
 def table_dtype(table: Table) -> mx.Dtype:
-    """The dtype of the embeddings that the table gives."""
-    return table.scales.dtype if isinstance(table, nn.QuantizedEmbedding) else table.weight.dtype
+    """The dtype of the embeddings that the table gives; MLX unpacks the modes with byte scales to bfloat16."""
+    if not isinstance(table, nn.QuantizedEmbedding):
+        return table.weight.dtype
+    return table.scales.dtype if table.mode == "affine" else mx.bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +260,7 @@ def _block_scores(x: mx.array, table: Table, block: mx.array, size: int) -> mx.a
     """x [N, H] times the rows of one block of `size` ids per position → [N, size]."""
     rows = x[:, None]  # [N, 1, H]
     if isinstance(table, nn.QuantizedEmbedding):
-        parts = [a if a is None else a.reshape(-1, size, a.shape[-1]) for a in _packed(table, slice(None))]
+        parts: list[Any] = [a if a is None else a.reshape(-1, size, a.shape[-1]) for a in _packed(table, slice(None))]
         return mx.gather_qmm(rows, *parts, rhs_indices=block, transpose=True, **_packing(table))[:, 0]
     weight = table.weight.reshape(-1, size, x.shape[-1])
     return mx.gather_mm(rows, weight.swapaxes(-1, -2), rhs_indices=block)[:, 0]
