@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -125,7 +125,8 @@ class DiffusionGemma:
         Errors: ConfigError for an option that does not exist, PromptError, TokenizerError, BusyError.
         """
         batch = _is_batch(prompt)
-        prompts = [self.ids(p, enable_thinking=enable_thinking, tools=tools) for p in (prompt if batch else [prompt])]
+        each = cast(list[Prompt], prompt if batch else [prompt])
+        prompts = [self.ids(p, enable_thinking=enable_thinking, tools=tools) for p in each]
         results: list[Result] = []
         for event in self._events(prompts, seed=seed, seeds=seeds, noise=noise, options=options):
             if isinstance(event, Finished):
@@ -162,12 +163,13 @@ class DiffusionGemma:
         """A prompt as ids. Errors: PromptError for one that is neither text, messages nor ids of this model."""
         if isinstance(prompt, list) and prompt and all(isinstance(i, int) for i in prompt):
             size = self.config.vocab_size
-            if bad := [i for i in prompt if not 0 <= i < size]:
+            ids = cast(list[int], prompt)
+            if bad := [i for i in ids if not 0 <= i < size]:
                 raise PromptError(f"the prompt has the id {bad[0]}; this model's ids are 0 … {size - 1}.")
             if enable_thinking is not None or tools is not None:
                 raise PromptError("enable_thinking and tools go to the chat template; a prompt of ids has none.")
-            return list(prompt)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return list(ids)
+        messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
             raise PromptError(
                 "a prompt is text, a list of messages {'role': …, 'content': …}, or a list of ids;"

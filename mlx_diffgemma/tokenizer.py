@@ -157,12 +157,13 @@ class Tokenizer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         options: dict[str, Any] = {k: v for k, v in self.config.items() if k.endswith("_token") and isinstance(v, str)}
+        options["tools"] = tools
         options.setdefault("bos_token", "<bos>")
         if enable_thinking is not None:
             options["enable_thinking"] = enable_thinking
         try:
             rendered, _ = render_jinja_template(
-                [messages], tools=tools, chat_template=self.chat_template, add_generation_prompt=True, **options
+                [messages], chat_template=self.chat_template, add_generation_prompt=True, **options
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise TokenizerError(f"the chat template does not accept these messages: {error}") from error
