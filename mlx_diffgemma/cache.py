@@ -4,6 +4,7 @@ Buffers keep room for a canvas behind the prefix, so a denoising step writes its
 and reads one slice: the prefix is never copied, and nothing of the canvas lasts.
 """
 
+from copy import copy
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -60,10 +61,13 @@ class LayerCache:
         return old_keys[:, :, :end], old_values[:, :, :end]
 
     def _reserve(self, end: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Buffers for a prefix of `end` positions with room for a canvas behind it."""
-        have = 0 if self.keys is None else self.keys.shape[2]
-        if self.keys is not None and self.values is not None and have >= end:
-            return self.keys, self.values
+        """Buffers for a prefix of `end` positions with room for a canvas behind it.
+
+        New objects even for the old buffers: assigning to a slice changes an mx.array for all who hold it, a snapshot
+        included. Their data is shared, and copied by MLX only if a snapshot does hold it.
+        """
+        if self.keys is not None and self.values is not None and self.keys.shape[2] >= end:
+            return copy(self.keys), copy(self.values)
         prefix = max(end, self.wanted, self.length + self.length // 4)
         capacity = min(length_limit(self.window), -(-prefix // GROWTH) * GROWTH) + self.room
         capacity = max(capacity, end)
