@@ -128,9 +128,9 @@ def event_json(event: Event, decode: Decode) -> dict[str, Any]:
         arrays = {"accepted": _row(event.accepted), "entropy": _row(event.entropy)}
         return kind | counted | {"settled": event.settled[0], "text": decode(best), "best": best} | arrays
     if isinstance(event, Committed):
-        return kind | {"canvas": event.canvas, "text": event.text} | asdict(event.rows[0])
+        return kind | {"canvas": event.canvas, "text": event.text, "thinking": event.thinking} | asdict(event.rows[0])
     if isinstance(event, Finished):
-        return kind | {"reason": event.reasons[0], "statistics": asdict(event.statistics)}
+        return kind | {"reason": event.reasons[0], "statistics": statistics_json(event.statistics)}
     return kind | asdict(event)
 
 
@@ -153,7 +153,7 @@ def result_json(result: "Result") -> dict[str, Any]:
     }
 
 
-def statistics_json(statistics: "Statistics") -> dict[str, Any]:
+def statistics_json(statistics: Statistics) -> dict[str, Any]:
     derived = ("seconds_per_step", "tokens_per_second")
     return asdict(statistics) | {name: getattr(statistics, name) for name in derived}
 
@@ -447,8 +447,8 @@ class Recording:
         self.draw([])
 
     def close(self) -> None:
-        svg = {".svg": _svg, ".html": _page, ".cast": _cast}
-        self.path.write_text(svg[self.path.suffix](self.frames, self.columns), encoding="utf-8")
+        write = {".svg": _svg, ".html": _page, ".cast": _cast}[self.path.suffix]
+        self.path.write_text(write(self.frames, self.columns), encoding="utf-8")
 
 
 def _cast(frames: list[tuple[float, list[Line]]], columns: int) -> str:
@@ -481,8 +481,8 @@ def _svg(frames: list[tuple[float, list[Line]]], columns: int) -> str:
         hide = "" if i == 0 else "0%{visibility:hidden}"
         css.append(f"@keyframes k{i}{{{hide}{start:.2f}%{{visibility:visible}}{stop:.2f}%{{visibility:hidden}}}}")
         last = "" if i + 1 < len(frames) else ";visibility:visible"
-        rows_ = "".join(_svg_line(line, advance, 28 + k * leading) for k, line in enumerate(lines))
-        groups.append(f'<g style="animation-name:k{i}{last}">{rows_}</g>')
+        shown = "".join(_svg_line(line, advance, 28 + k * leading) for k, line in enumerate(lines))
+        groups.append(f'<g style="animation-name:k{i}{last}">{shown}</g>')
     colors = "".join(f".{name or 'plain'}{{fill:{color}}}" for name, (_, _, color) in STYLES.items())
     style = f"g{{visibility:hidden;animation:{total:.2f}s step-end infinite}}text{{white-space:pre}}{colors}"
     return (
