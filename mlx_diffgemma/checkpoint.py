@@ -259,13 +259,13 @@ def open_checkpoint(folder: Path, *, ignore_keys: tuple[str, ...] = ()) -> Check
     """
     folder = Path(folder)
     raw = read_json(folder / "config.json")
-    config = ModelConfig.from_dict(raw, ignore_keys=ignore_keys)
+    config = _parse(raw, ignore_keys)
     for key in ignore_keys:
         *part, name = key.split(".")
         (raw["text_config"] if part else raw).pop(name, None)
-    if config.quantization and "quant_method" in config.quantization:
+    if isinstance(config.quantization, dict) and "quant_method" in config.quantization:
         raise CheckpointError(
-            f"{folder} was quantized by another tool ({config.quantization['quant_method']}).\n"
+            f"{folder} was quantized by another tool ({config.quantization['quant_method']!r}).\n"
             f"Start from {RELEASED} or an MLX pack."
         )
     tensors, tied = _by_pack_name(_read_tensors(folder))
@@ -317,7 +317,7 @@ def _by_pack_name(found: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[tu
 def _packing_of(path: str, config: ModelConfig) -> Quantization:
     """How config.json says a matrix is packed; an override without a mode is affine, whatever the base is."""
     blocks = config.quantization
-    if not blocks:
+    if not blocks or not isinstance(blocks, dict):
         raise CheckpointError(f"{path} is packed (it has .scales), and config.json has no `quantization` block.")
     override = blocks.get(path)
     values = override if isinstance(override, dict) else blocks
@@ -359,7 +359,14 @@ def is_vision(name: str) -> bool:
 
 def read_config(folder: Path, *, ignore_keys: tuple[str, ...] = ()) -> ModelConfig:
     """The architecture of the checkpoint in `folder`."""
-    return ModelConfig.from_dict(read_json(Path(folder) / "config.json"), ignore_keys=ignore_keys)
+    return _parse(read_json(Path(folder) / "config.json"), ignore_keys)
+
+
+def _parse(config: dict[str, Any], ignore_keys: tuple[str, ...]) -> ModelConfig:
+    try:
+        return ModelConfig.from_dict(config, ignore_keys=ignore_keys)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"config.json has a value of the wrong kind: {error}.") from None
 
 
 def read_generation_config(folder: Path) -> GenerationConfig:
@@ -412,7 +419,7 @@ def trained_apart(tensor: Tensor, twin: str) -> CheckpointError:
 # --------------------------------------------------------------------------------------------------------- the Hub
 
 
-def resolve(path_or_repo: str, revision: str | None = None, *, weights: bool = True) -> Path:
+def resolve(path_or_repo: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """A local folder as it is, or a Hub repository downloaded (resumably) into the Hub's cache.
 
     `weights=False` fetches everything but the tensors. Errors: CheckpointError for a folder or repository that is
@@ -427,7 +434,7 @@ def resolve(path_or_repo: str, revision: str | None = None, *, weights: bool = T
         raise CheckpointError(f"{folder} is a file; expected the folder of a checkpoint.")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path_or_repo)):
         raise CheckpointError(f"there is no folder {folder}.{_nearest_folder(folder)}")
-    return _download(path_or_repo, revision, weights)
+    return _download(str(path_or_repo), revision, weights)
 
 
 def _nearest_folder(folder: Path) -> str:

@@ -107,7 +107,10 @@ class ModelConfig:
         optional = ("max_position_embeddings", "rms_norm_eps", "final_logit_softcapping", "bos_token_id")
         optional += ("pad_token_id",)
         values = {key: _positive(text, key) for key in required}
-        values |= {key: text[key] for key in optional if text.get(key) is not None}
+        values |= {key: _number(text, key) for key in optional if text.get(key) is not None}
+        canvas = {"canvas_length": config.get("canvas_length") or cls.canvas_length}
+        vision = config.get("vision_config")
+        _check("config.json: vision_config", vision, vision is None or isinstance(vision, dict), "an object or null")
         if values["top_k_experts"] > values["num_experts"]:
             raise ConfigError(
                 f"config.json: top_k_experts {values['top_k_experts']} > num_experts {values['num_experts']}."
@@ -115,10 +118,10 @@ class ModelConfig:
         return cls(
             **values,
             layers=layers,
-            canvas_length=config.get("canvas_length") or cls.canvas_length,
+            canvas_length=_positive(canvas, "canvas_length"),
             eos_token_ids=_ids(eos),
             image_token_id=config.get("image_token_id"),
-            vision=config.get("vision_config"),
+            vision=vision,
             quantization=config.get("quantization") or config.get("quantization_config"),
         )
 
@@ -153,8 +156,16 @@ def _positive(text: dict[str, Any], key: str) -> int:
     return value
 
 
+def _number(text: dict[str, Any], key: str) -> Any:
+    value = text[key]
+    _check(f"config.json: text_config.{key}", value, type(value) in (int, float), "a number")
+    return value
+
+
 def _ids(value: Any) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
+    ids = tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
+    _check("eos_token_id", value, all(type(i) is int for i in ids), "token ids")
+    return ids
 
 
 def _layers(text: dict[str, Any]) -> tuple[LayerConfig, ...]:
@@ -276,7 +287,9 @@ class GenerationConfig:
             if values.get(key) not in (None, 1.0, 1, 0, 50 if key == "top_k" else None):
                 raise ConfigError(f"generation_config.json sets {key} = {values[key]}, which this model does not use.")
         ids = dict.fromkeys((*_ids(values.get("eos_token_id")), *stop_ids))
-        return cls(**options, **({"stop_ids": tuple(ids)} if ids else {}))
+        if ids:
+            options["stop_ids"] = tuple(ids)
+        return cls(**options)
 
     @property
     def departures(self) -> dict[str, Any]:
@@ -313,10 +326,12 @@ class Quantization:
     def from_dict(cls, values: dict[str, Any], where: str) -> "Quantization":
         """Read `{bits, group_size, mode}`; absent values are MLX's defaults for the mode."""
         mode = values.get("mode", "affine")
-        if mode not in MODE_DEFAULTS:
+        if mode not in tuple(MODE_DEFAULTS):
             raise ConfigError(f"{where}: mode is {mode!r}, expected one of {', '.join(MODE_DEFAULTS)}.")
         group_size, bits = MODE_DEFAULTS[mode]
         made = cls(bits=values.get("bits", bits), group_size=values.get("group_size", group_size), mode=mode)
+        if type(made.bits) is not int or type(made.group_size) is not int:
+            raise ConfigError(f"{where}: bits and group_size are integers; got {made.bits!r}, {made.group_size!r}.")
         if mode != "affine" and (made.group_size, made.bits) != (group_size, bits):
             raise ConfigError(
                 f"{where}: {mode} is always {bits} bits in groups of {group_size};"
@@ -382,6 +397,8 @@ class Recipe:
         if overrides and not quantized:
             raise ConfigError(f"recipe {name}: overrides without base bits; config.json needs a base.")
         _check(f"recipe {name}: because", values.get("because"), bool(values.get("because")), "a sentence")
+        for key in ("allow_low_bit_trunk", "experimental"):
+            _check(f"recipe {name}: {key}", values.get(key), values.get(key) in (None, True, False), "true or false")
         dtype = values.get("dtype", cls.dtype)
         _check(f"recipe {name}: dtype", dtype, dtype in DTYPES, " or ".join(DTYPES))
         return cls(

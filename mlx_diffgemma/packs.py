@@ -13,11 +13,12 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import sqrt
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -32,6 +33,7 @@ from .shards import SHARD, Shard, Tensor, as_array, as_raw, lay_out, read_rows, 
 
 PIECE = 4_000_000  # bytes of the source that a worker holds at a time: measured best on two CPU cores
 PLAN = "plan.json"  # in a partial folder: what it is going to be
+_GPU = Lock()
 INFINITE = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}  # bits of +∞; above it lie the NaNs
 
 # ------------------------------------------------------------------------------------------------------ the pieces
@@ -70,13 +72,21 @@ def pack(piece: Piece, dtype: str) -> dict[str, np.ndarray]:
     raw = read_rows(piece.tensor, piece.start, piece.stop)
     cast = raw
     if piece.tensor.dtype != dtype:
-        cast = as_raw(as_array(raw, piece.tensor.dtype).astype(quantize.DTYPES[dtype]))
+        converted = as_array(raw, piece.tensor.dtype).astype(quantize.DTYPES[dtype])
+        with _device():
+            cast = as_raw(converted)
     _refuse_nonfinite(piece.tensor, raw, cast, dtype)
     if (how := piece.item.how) is None:
         return {piece.item.source.name: cast}
     parts = quantize.quantize(as_array(cast, dtype), how)
-    mx.eval(parts)
+    with _device():
+        mx.eval(parts)
     return {f"{piece.item.source.path}.{part}": as_raw(array) for part, array in parts.items()}
+
+
+def _device() -> AbstractContextManager[Any]:
+    """A GPU is driven by one thread at a time; on a CPU every thread computes."""
+    return nullcontext() if mx.default_device() == mx.cpu else _GPU
 
 
 def _refuse_nonfinite(tensor: Tensor, raw: np.ndarray, cast: np.ndarray, dtype: str) -> None:
@@ -482,6 +492,7 @@ def _check(piece: Piece, pack_of: Checkpoint, dtype: str) -> tuple[Piece, float,
         named = {name.removeprefix(f"{path}."): array for name, array in parts.items()}
         stored = quantize.dequantize(named, how, quantize.DTYPES[dtype])
     original = as_array(read_rows(piece.tensor, piece.start, piece.stop), piece.tensor.dtype).astype(mx.float32)
-    error = mx.square(stored.astype(mx.float32) - original).sum()
-    weight = mx.square(original).sum()
+    error, weight = mx.square(stored.astype(mx.float32) - original).sum(), mx.square(original).sum()
+    with _device():
+        mx.eval(error, weight)
     return piece, float(error), float(weight)

@@ -113,7 +113,10 @@ def test_the_command_lines_recipe_keeps_the_trunk() -> None:
         ('because = "x"\nbit = 4', "unknown key 'bit'. Did you mean 'bits'"),
         ("bits = 4", "because is None, expected a sentence"),
         ('because = "x"\nbits = 7', "2, 3, 4, 5, 6 or 8 bits"),
-        ('because = "x"\nbits = "4"', "2, 3, 4, 5, 6 or 8 bits"),
+        ('because = "x"\nbits = "4"', "bits and group_size are integers; got '4', 64"),
+        ('because = "x"\nbits = 4.0', "bits and group_size are integers; got 4.0, 64"),
+        ('because = "x"\nmode = ["affine"]', "mode is ['affine'], expected one of affine"),
+        ('because = "x"\nexperimental = "no"', "experimental is 'no', expected true or false"),
         ('because = "x"\nmode = "int4"', "mode is 'int4', expected one of affine"),
         ('because = "x"\nmode = "nvfp4"\ngroup_size = 64', "nvfp4 is always 4 bits in groups of 16"),
         ('because = "x"\ndtype = "float8"', "dtype is 'float8'"),
@@ -163,7 +166,7 @@ def test_groups_that_do_not_divide_a_width_become_smaller_or_vanish() -> None:
     + [Quantization.from_dict({"mode": mode}, "test") for mode in ("mxfp4", "mxfp8", "nvfp4")],
 )
 def test_sizes_are_those_mlx_makes(how: Quantization) -> None:
-    matrix = mx.random.normal((3, 4, 64)).astype(mx.bfloat16)
+    matrix = mx.random.normal((3, 4, 64), key=mx.random.key(0)).astype(mx.bfloat16)
     parts = quantize.quantize(matrix, how)
     stored = quantize.packing((3, 4, 64), how, "BF16")
     assert {part: (quantize.DTYPES[dtype], shape) for part, (dtype, shape) in stored.items()} == {
