@@ -5,7 +5,8 @@
 
 Every generation has its own seed and one of the prompts in turn. Compared are medians over the first and the last
 `--window` generations. Exit status 1 if memory grew: MLX's live arrays, MLX's cache of freed buffers, or the process
-as a whole, each by more than `--allow` MB. Step time is reported; it depends on what else the machine does.
+as a whole, each by more than `--allow` MB. Step time is reported, in processor time too: that one does not depend on
+what else the machine does.
 """
 
 import argparse
@@ -30,6 +31,7 @@ class Sample:
 
     seconds: float
     seconds_per_step: float
+    cpu_seconds_per_step: float  # of this process: what else the machine does is not in it
     steps: int
     tokens: int
     live_bytes: int  # MLX's arrays
@@ -45,14 +47,15 @@ def run(model: DiffusionGemma, prompts: Sequence[Prompt], runs: int, **options: 
     """`runs` generations, the prompts in turn, with seeds 0, 1, …"""
     samples = []
     for i in range(runs):
-        begun = time.perf_counter()
+        begun, worked = time.perf_counter(), time.process_time()
         result = model.generate(prompts[i % len(prompts)], seed=i, **options)
-        seconds = time.perf_counter() - begun
+        seconds, worked = time.perf_counter() - begun, time.process_time() - worked
         assert not isinstance(result, list)  # one prompt, one result
         samples.append(
             Sample(
                 seconds=seconds,
                 seconds_per_step=result.stats.seconds_per_step,
+                cpu_seconds_per_step=worked / result.stats.steps,
                 steps=result.stats.steps,
                 tokens=len(result.tokens),
                 live_bytes=mx.get_active_memory(),

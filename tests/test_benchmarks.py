@@ -1,5 +1,6 @@
 """The benchmarks: roofline's arithmetic against sums made here from published sizes, and a tiny run of each."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -266,14 +267,12 @@ def test_soak_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_soak_sees_growth() -> None:
-    def sample(**memory: int) -> soak.Sample:
-        figures = {"live_bytes": 100, "cached_bytes": 0, "resident_bytes": 1000} | memory
-        return soak.Sample(seconds=1, seconds_per_step=1, steps=1, tokens=1, objects=1, **figures)
-
+    sizes = {"live_bytes": 100, "cached_bytes": 0, "resident_bytes": 1000, "objects": 1, "steps": 1, "tokens": 1}
+    before = soak.Sample(seconds=1, seconds_per_step=1, cpu_seconds_per_step=1, **sizes)
     for field in soak.MEMORY:
-        medians = soak.compare([*[sample()] * 4, *[sample(**{field: 5000})] * 4], window=3)
-        assert soak.grown(medians, allowed=1000) == [field]
-    assert soak.grown(soak.compare([sample()] * 6, window=3), allowed=0) == []
+        after = dataclasses.replace(before, **{field: 5000})
+        assert soak.grown(soak.compare([before] * 4 + [after] * 4, window=3), allowed=1000) == [field]
+    assert soak.grown(soak.compare([before] * 6, window=3), allowed=0) == []
 
 
 def test_generate_runs_all_three(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
