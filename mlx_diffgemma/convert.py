@@ -15,8 +15,9 @@ from .cli import command
 from .config import DTYPES, MODE_DEFAULTS, RELEASED, ModelConfig, Recipe, adhoc_recipe, load_recipe, recipe_names
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used
-    from .packs import Conversion, Error, Piece
+    from .packs import Conversion, Piece
     from .quantize import Planned
+    from .verification import Error
 
 # ----------------------------------------------------------------------------------------------------- the terminal
 
@@ -113,7 +114,7 @@ def print_errors(errors: "dict[str, dict[str, Error]]") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from .packs import Error
+    from .verification import Error
 
     table = Table("component", "relative RMS error", "worst tensor", "its error", title="every byte as it should be")
     for component, tensors in errors.items():
@@ -188,8 +189,10 @@ def main(
         _warn(chosen, plan.planned)
         _convert_aloud(plan, target, force)
     if verifying:
+        from .verification import verify
+
         with Bar("verifying") as bar:
-            errors = packs.verify(source, target, bar)
+            errors = verify(source, target, bar)
         print_errors(errors)
     if upload_repo:
         checkpoint.upload(target, upload_repo)

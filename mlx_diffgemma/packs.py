@@ -1,4 +1,4 @@
-"""Make a pack from a checkpoint and verify one: planned to the byte, streamed a few rows at a time.
+"""Make a pack from a checkpoint: planned to the byte, streamed a few rows at a time.
 
 Because a recipe fixes every packed size beforehand, each shard's header is written first and workers then fill in
 the tensors, piece by piece, wherever they belong: memory stays at a few pieces, whatever the checkpoint's size, and
@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
-from math import sqrt
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
@@ -24,8 +23,8 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from . import __version__, checkpoint, quantize
-from .checkpoint import INDEX, Checkpoint, open_checkpoint, read_json
+from . import __version__, checkpoint, layout, quantize
+from .checkpoint import INDEX, Checkpoint, read_json
 from .config import RELEASED, GenerationConfig, Recipe
 from .errors import CheckpointError, ConfigError
 from .quantize import NAMES, WORDS, Planned
@@ -73,18 +72,18 @@ def pack(piece: Piece, dtype: str) -> dict[str, np.ndarray]:
     cast = raw
     if piece.tensor.dtype != dtype:
         converted = as_array(raw, piece.tensor.dtype).astype(quantize.DTYPES[dtype])
-        with _device():
+        with device():
             cast = as_raw(converted)
     _refuse_nonfinite(piece.tensor, raw, cast, dtype)
     if (how := piece.item.how) is None:
         return {piece.item.source.name: cast}
     parts = quantize.quantize(as_array(cast, dtype), how)
-    with _device():
+    with device():
         mx.eval(parts)
     return {f"{piece.item.source.path}.{part}": as_raw(array) for part, array in parts.items()}
 
 
-def _device() -> AbstractContextManager[Any]:
+def device() -> AbstractContextManager[Any]:
     """A GPU is driven by one thread at a time; on a CPU every thread computes."""
     return nullcontext() if mx.default_device() == mx.cpu else _GPU
 
@@ -166,7 +165,7 @@ def prepare(source: Checkpoint, recipe: Recipe, *, shard_bytes: int = SHARD, rep
             f"{source.folder} is quantized already ({len(source.quantized)} packed matrices).\n"
             f"Start from the released weights: --hf-path {RELEASED}"
         )
-    sources = checkpoint.sources(source.config)
+    sources = layout.sources(source.config)
     if missing := [s.name for s in sources if s.name not in source.tensors]:
         raise CheckpointError(
             f"{source.folder} lacks {len(missing)} tensors: {checkpoint.families(missing)}.\n"
@@ -278,7 +277,7 @@ def _write_shards(plan: Conversion, folder: Path, progress: Progress) -> None:
     tensors = [tensor for shard in todo for tensor, _ in plan.tensors(shard.items)]
     dtype = NAMES[plan.recipe.dtype]
     progress.begin(len(tensors), sum(tensor.nbytes for tensor in tensors))
-    with _workers() as pool:
+    with workers() as pool:
         for shard in todo:
             with (folder / f"{shard.name}.tmp").open("wb", buffering=0) as stream:
                 stream.write(shard.header)
@@ -303,7 +302,7 @@ def _is_finished(file: Path, shard: Shard) -> bool:
 
 
 @contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
+def workers() -> Iterator[ThreadPoolExecutor]:
     """One thread per core; MLX keeps no freed buffers, so memory stays at what the pieces need."""
     before = mx.set_cache_limit(0)
     pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 8))
@@ -404,95 +403,3 @@ def model_card(plan: Conversion) -> str:
     lines += [f"| total | | | | {plan.total_size:,} |", "", "```bash", "pip install mlx-diffgemma"]
     lines += ['mlx_diffgemma.generate --model PATH_OR_REPO "Why is the sky blue?"', "```", ""]
     return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------- verification
-
-
-@dataclass
-class Error:
-    """Squared error and squared weight, summed."""
-
-    error: float = 0.0
-    weight: float = 0.0
-
-    def add(self, error: float, weight: float) -> None:
-        self.error, self.weight = self.error + error, self.weight + weight
-
-    @property
-    def relative(self) -> float:
-        return sqrt(self.error / self.weight) if self.weight else sqrt(self.error)
-
-
-def verify(source: Checkpoint, folder: Path, progress: Progress | None = None) -> dict[str, dict[str, Error]]:
-    """Re-read a pack against its source: relative RMS error per component and tensor.
-
-    Every stored byte is compared with what its packing makes of the source.
-    Errors: CheckpointError for a byte that differs, or a config.json that is not the source's.
-    """
-    pack_of = open_checkpoint(folder)
-    dtype = pack_of.tensors["model.decoder.norm.weight"].dtype
-    _compare_configs(source, pack_of, dtype)
-    planned = [_as_stored(item, pack_of, dtype) for item in checkpoint.sources(source.config)]
-    errors: dict[str, dict[str, Error]] = {}
-    progress = progress or Silence()
-    pairs = [(source.tensors[item.source.name], item) for item in planned]
-    progress.begin(len(pairs), sum(tensor.nbytes for tensor, _ in pairs))
-    with _workers() as pool:
-        for piece, error, weight in pool.map(lambda piece: _check(piece, pack_of, dtype), pieces(pairs)):
-            progress.advance(piece)
-            component = errors.setdefault(piece.item.source.component, {})
-            component.setdefault(piece.item.source.name, Error()).add(error, weight)
-    return errors
-
-
-def _compare_configs(source: Checkpoint, pack_of: Checkpoint, dtype: str) -> None:
-    block = pack_of.raw_config.get("quantization") or {}
-    expected = output_config(source, WORDS[dtype], block)
-    for name, (want, got) in _differences(expected, pack_of.raw_config).items():
-        raise CheckpointError(f"{pack_of.folder}/config.json: {name} is {got!r}, expected {want!r} from the source.")
-
-
-def _differences(a: Any, b: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
-    """Where two JSON values differ, by dotted path."""
-    if not isinstance(a, dict) or not isinstance(b, dict):
-        return {} if a == b else {name: (a, b)}
-    found = {}
-    for key in sorted(a.keys() | b.keys()):
-        found |= _differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
-    return found
-
-
-def _as_stored(source: quantize.Source, pack_of: Checkpoint, dtype: str) -> Planned:
-    how = pack_of.quantized.get(source.path)
-    names = [source.name] if how is None else [f"{source.path}.{p}" for p in quantize.packing(source.shape, how, dtype)]
-    missing = [name for name in names if name not in pack_of.tensors]
-    if missing:
-        raise CheckpointError(f"{pack_of.folder} lacks {checkpoint.families(missing)}, which the source has.")
-    stored = {name: (pack_of.tensors[name].dtype, pack_of.tensors[name].shape) for name in names}
-    return Planned(source=source, how=how, stored=stored)
-
-
-def _check(piece: Piece, pack_of: Checkpoint, dtype: str) -> tuple[Piece, float, float]:
-    """Compare one piece byte for byte, and return its squared error and squared weight."""
-    made = pack(piece, dtype)
-    found = {name: read_rows(pack_of.tensors[name], piece.start, piece.stop) for name in made}
-    for name, rows in made.items():
-        if not np.array_equal(rows, found[name]):
-            raise CheckpointError(
-                f"{pack_of.tensors[name].file.name}: {name} is not what its packing makes of the source:"
-                f" {np.count_nonzero(rows != found[name])} of {rows.size} values differ in rows {piece.start:,} to"
-                f" {piece.stop - 1:,}.\nThe pack is damaged, or was made from other weights, or on another device."
-            )
-    parts = {name: as_array(rows, pack_of.tensors[name].dtype) for name, rows in found.items()}
-    how, path = piece.item.how, piece.item.source.path
-    if how is None:
-        stored = parts[piece.item.source.name]
-    else:
-        named = {name.removeprefix(f"{path}."): array for name, array in parts.items()}
-        stored = quantize.dequantize(named, how, quantize.DTYPES[dtype])
-    original = as_array(read_rows(piece.tensor, piece.start, piece.stop), piece.tensor.dtype).astype(mx.float32)
-    error, weight = mx.square(stored.astype(mx.float32) - original).sum(), mx.square(original).sum()
-    with _device():
-        mx.eval(error, weight)
-    return piece, float(error), float(weight)

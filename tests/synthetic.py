@@ -15,8 +15,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_diffgemma.checkpoint import INDEX, expected_tensors
+from mlx_diffgemma.checkpoint import INDEX
 from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.layout import expected_tensors
 from mlx_diffgemma.quantize import DTYPES, SIZES
 from mlx_diffgemma.shards import as_raw
 

@@ -14,9 +14,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_diffgemma import checkpoint
-from mlx_diffgemma.checkpoint import INDEX, expected_tensors, find_rule, load_network, open_checkpoint
+from mlx_diffgemma.checkpoint import INDEX, load_network, open_checkpoint
 from mlx_diffgemma.config import RELEASED, ModelConfig, knowledge
 from mlx_diffgemma.errors import CheckpointError, ConfigError
+from mlx_diffgemma.layout import expected_tensors, find_rule, is_vision, rules, sources
 from mlx_diffgemma.quantize import SIZES, packing
 
 from . import synthetic
@@ -52,7 +53,7 @@ def test_every_released_name_has_a_rule_and_every_rule_a_name() -> None:
     assert {rule.component for rule, _ in found.values() if rule and not rule.component} == set()
     packed = [name if name.endswith(".weight") else f"{name}.weight" for name in names if ".experts." in name]
     used = {find_rule(name)[0] for name in (*names, *packed)}
-    unused = [rule for rule in checkpoint.rules() if rule.fate in ("keep", "rename") and rule not in used]
+    unused = [rule for rule in rules() if rule.fate in ("keep", "rename") and rule not in used]
     assert unused == []
     described = tomllib.loads((knowledge() / "diffusiongemma-26b-a4b.toml").read_text())
     assert described["source"]["repo"] == RELEASED
@@ -87,7 +88,7 @@ def published_pack(kind: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     model = ModelConfig.from_dict(config)
     index = published(f"mlx-community/{kind}.{INDEX}")["weight_map"]
     stored = {}
-    for source in checkpoint.sources(model):
+    for source in sources(model):
         if f"{source.path}.scales" in index:
             for part, what in packing(source.shape, checkpoint._packing_of(source.path, model), "BF16").items():
                 stored[f"{source.path}.{part}"] = what
@@ -144,7 +145,7 @@ def test_loads_a_hugging_face_folder_as_it_is(tmp_path: Path) -> None:
     raw: dict[str, Any] = {}
     for file in folder.glob("*.safetensors"):
         raw |= mx.load(str(file))  # pyright: ignore
-    text = {name: array for name, array in raw.items() if not checkpoint.is_vision(name)}
+    text = {name: array for name, array in raw.items() if not is_vision(name)}
     assert len(loaded) == len(text)
     for name, array in text.items():
         assert mx.array_equal(loaded[find_rule(name)[1].removeprefix("model.")], array), name

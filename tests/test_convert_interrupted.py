@@ -18,8 +18,9 @@ from mlx_diffgemma import packs
 from mlx_diffgemma.checkpoint import load_network, open_checkpoint
 from mlx_diffgemma.config import load_recipe
 from mlx_diffgemma.errors import CheckpointError, ConfigError
-from mlx_diffgemma.packs import Conversion, convert, prepare, verify
+from mlx_diffgemma.packs import Conversion, convert, prepare
 from mlx_diffgemma.shards import read_header
+from mlx_diffgemma.verification import verify
 
 from . import synthetic
 

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_diffgemma import checkpoint, quantize
+from mlx_diffgemma import layout, quantize
 from mlx_diffgemma.config import (
     ModelConfig,
     Override,
@@ -26,7 +26,7 @@ RELEASED = ModelConfig.from_dict(published("released/config.json"))
 
 
 def plan(recipe: Recipe) -> list[Planned]:
-    return quantize.plan(recipe, checkpoint.sources(RELEASED))
+    return quantize.plan(recipe, layout.sources(RELEASED))
 
 
 def by_component(recipe: Recipe) -> dict[str, str]:
@@ -89,7 +89,7 @@ def test_overrides_under_an_mx_base_are_affine_without_saying_so() -> None:
 
 @pytest.mark.parametrize("component", quantize.TRUNK)
 def test_the_trunk_stays_at_8_bits_unless_the_recipe_says_so(component: str) -> None:
-    path = next(s.path for s in checkpoint.sources(RELEASED) if s.component == component and s.quantize)
+    path = next(s.path for s in layout.sources(RELEASED) if s.component == component and s.quantize)
     low = Override(path=path.removeprefix("model."), quantization=Quantization(bits=4, group_size=64), because="a test")
     values: dict[str, Any] = {"name": "low", "because": "a test", "base": Quantization(bits=8, group_size=64)}
     with pytest.raises(ConfigError, match=f"{component}\\) at 4 bits, expected 8 or more"):
@@ -174,7 +174,9 @@ def test_sizes_are_those_mlx_makes(how: Quantization) -> None:
     }
     assert sum(array.nbytes for array in parts.values()) == sum(SIZES[d] * math.prod(s) for d, s in stored.values())
     back = quantize.dequantize(parts, how, mx.float32)
-    assert float(mx.abs(back - matrix).max()) < (1.2 if how.bits == 2 else 0.7)
+    span = float((matrix.max() - matrix.min()).astype(mx.float32))
+    step = span / (2**how.bits - 1) if how.mode == "affine" else 0.7
+    assert float(mx.abs(back - matrix).max()) < 0.75 * step + 0.03  # scales and biases are rounded to bf16
 
 
 def test_memory_to_run_is_weights_prefix_and_a_step() -> None:
