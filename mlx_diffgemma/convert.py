@@ -117,12 +117,15 @@ def print_errors(errors: "dict[str, dict[str, Error]]") -> None:
     from .verification import Error
 
     table = Table("component", "relative RMS error", "worst tensor", "its error", title="every byte as it should be")
+    table.columns[2].overflow = "fold"
     for component, tensors in errors.items():
         whole = Error()
         for one in tensors.values():
             whole.add(one.error, one.weight)
         worst = max(tensors, key=lambda name: tensors[name].relative)
-        table.add_row(component, f"{whole.relative:.2e}", worst, f"{tensors[worst].relative:.2e}")
+        table.add_row(
+            component, f"{whole.relative:.2e}", worst.removeprefix("model."), f"{tensors[worst].relative:.2e}"
+        )
     Console().print(table)
 
 

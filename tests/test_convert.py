@@ -159,6 +159,12 @@ def test_the_plan_is_true_to_the_byte(recipe: str, source: Path, tmp_path: Path)
         assert all(mx.array_equal(arrays[f"{path}.{part}"], array) for part, array in whole.items())
 
 
+def test_an_unpacked_pack_is_as_good_a_source(source: Path, tmp_path: Path) -> None:
+    """For someone who has the bf16 pack and wants q4: the same bytes."""
+    unpacked = convert_folder(source, tmp_path / "bf16", "bf16")
+    assert contents(convert_folder(unpacked, tmp_path / "twice")) == contents(convert_folder(source, tmp_path / "once"))
+
+
 def test_config_and_what_lies_beside_are_as_the_published_packs_have_them(tmp_path: Path) -> None:
     """config.json of a bf16 pack of the released config: the published bytes."""
     released = published("released/config.json")
