@@ -2,9 +2,10 @@
 
     python -m benchmarks.prefill [--length 1024 8192 32768] [--runs 3] [--out FILE]
 
-Real heads and window, hidden size and depth scaled down, float32, random weights, chunks of 2,048. The prefix before the
-last chunk is random keys and values, put into each side's cache: what a chunk costs depends on how long it is, not on what
-it says, and the last chunk of a prompt is where memory peaks. "memory" is what the chunk needs beyond weights and prefix.
+Real heads and window, hidden size and depth scaled down, float32, random weights, chunks of 2,048. The prefix before
+the last chunk is random keys and values, put into each side's cache: what a chunk costs depends on how long it is, not
+on what it says, and the last chunk of a prompt is where memory peaks. "memory" is what the chunk needs beyond weights
+and prefix.
 """
 
 import argparse

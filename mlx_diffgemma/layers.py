@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .config import LayerConfig, ModelConfig
-from .masks import Mask, Window
+from .masks import Mask, Plain, Window
 
 # What attention looks at: takes the keys and values just computed, returns all that may be seen.
 Memory = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
@@ -154,7 +154,7 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> m
     return mx.concatenate(outputs, axis=2)
 
 
-def _piece(mask: mx.array | str | None, length: int, total: int, start: int, stop: int) -> tuple[slice, slice, Mask]:
+def _piece(mask: Plain, length: int, total: int, start: int, stop: int) -> tuple[slice, slice, Plain]:
     """Queries `start` … `stop`, the keys they can see, and what is left of the mask."""
     rows, columns = slice(start, stop), slice(0, total)
     if isinstance(mask, str):  # "causal": the queries are the last keys, so these see nothing behind `stop`

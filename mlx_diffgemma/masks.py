@@ -36,7 +36,8 @@ class Window:
         return mx.pad(mask, [(0, 0), (missing, 0)])
 
 
-Mask = mx.array | str | Window | None
+Plain = mx.array | str | None  # as MLX takes it
+Mask = Plain | Window
 
 
 def causal(length: int, *, visible: int, position: int, window: int | None, padding: mx.array | None) -> Mask:
