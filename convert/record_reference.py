@@ -3,12 +3,14 @@
     python convert/record_reference.py [--device cpu|cuda] [--only NAME] [--out tests/reference]
 
 The one file that imports torch. Needs torch, transformers 5.23 and this package's Python files; MLX need not be there.
+When the built-in model is trained anew, record it anew: --only demo.
 Every file is an .npz without pickles. Its entry `provenance` is a JSON string:
 
     kind      "logits" or "trajectory"
     device    "cpu", or "cuda" with the card's name;   dtype   what the model ran in
     versions  python, torch, transformers, numpy;   commit   of this repository;   seed   of every random choice
-    model     {"config": config.json, "weights": arguments of recordings.random_weights}, or {"folder": "demo"}
+    model     {"config": config.json, "weights": arguments of recordings.random_weights}, or, for the built-in model,
+            {"folder": "demo", "sha256": of its model.safetensors}
 
 Kind "logits": softcapped logits of single decoder passes. `cases` in the provenance lists, by name,
 `{"rms_error": RMS of the logits' error against truth}`; per case NAME the arrays are
@@ -39,6 +41,7 @@ any canvas; zeros behind the last step of a shorter one), B rows, L canvas posit
 """
 
 import argparse
+import hashlib
 import json
 import platform
 import subprocess
@@ -54,6 +57,7 @@ from unittest import mock
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DynamicCache
 from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
 
@@ -62,6 +66,9 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from mlx_diffgemma.recordings import random_weights  # noqa: E402
+from mlx_diffgemma.tokenizer import Tokenizer  # noqa: E402
+
+BUILT_IN = ROOT / "mlx_diffgemma" / "demo"
 
 # transformers builds a vision tower whatever the text model: the smallest one.
 VISION = {
@@ -97,6 +104,19 @@ def small_model(config: dict[str, Any], weights: dict[str, Any]) -> Model:
     with torch.no_grad():
         for name, value in state.items():
             value.copy_(torch.from_numpy(values[name]))
+    return model
+
+
+def built_in_model(folder: Path) -> Model:
+    """transformers' model in float32 with the weights of a folder in the released layout."""
+    config = json.loads((folder / "config.json").read_text())
+    model = DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig.from_dict({**config, "vision_config": VISION})).eval()
+    model.set_experts_implementation("eager")
+    missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    shared = "model.encoder.language_model."  # and lm_head: the decoder's own tensors under another name
+    if unexpected or any("vision" not in name and shared not in name and name != "lm_head.weight" for name in missing):
+        raise SystemExit(f"{folder} does not fit the model: unexpected {unexpected}, missing {missing}")
+    model.tie_weights()
     return model
 
 
@@ -421,9 +441,10 @@ DEFAULTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One trajectory: prompts by their lengths (random ids), and what differs from the defaults."""
+    """One trajectory: prompts, random ids of these lengths or texts, and what differs from the defaults."""
 
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -441,31 +462,43 @@ RUNS = {
     "entropy-bound-1": Run(lengths=(7,), settings={"entropy_bound": 1.0, "t_min": 0.5, "t_max": 1.0}),
 }
 
+SUDOKU = "Solve this Sudoku:\n14. 356\n... .4.\n35. 621\n... .3.\n2.6 514\n415 263"
+TABLE = (
+    'Show this as a Markdown table:\n{"score": 91, "pet": "dog", "room": 58}\n{"score": 21, "pet": "mouse", "room": 46}'
+)
+TEMPLATE = (
+    "Write this text for each name:\nDear {name}, your {item} will be ready on {day}."
+    "\nitem: kite\nday: Monday\nname: Jane, Ivo, Rosa, Will"
+)
+NAMES = "Sort these names:\nLeo, Will, Eva, Ben, Cleo, Olga"
+ENDLESS = {"stop_ids": [2]}  # bos, which it never writes: three canvases whatever the answer
+DEMO_RUNS = {
+    "sudoku": Run(texts=(SUDOKU,), settings=ENDLESS),
+    "table": Run(texts=(TABLE,), settings=ENDLESS),
+    "template": Run(texts=(TEMPLATE,), settings=ENDLESS),
+    "behind-window": Run(texts=(SUDOKU + "\n\n" + TABLE,)),
+    "batch": Run(texts=(SUDOKU, TEMPLATE, NAMES)),
+}
+
 # Decisions nearer than this to falling the other way are not recorded: two correct runs could differ there.
-MARGINS = {"best": 1e-3, "accept": 5e-6, "confidence": 1e-6}
+MARGINS = {"best": 2e-4, "accept": 5e-6, "confidence": 1e-6}
 ROUTER_TIE = 1e-6
 
 
-def record_logits(name: str, dtype: str, device: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays and provenance of a file of kind "logits". Inputs with a tie in a router are drawn again."""
+Recorded = tuple[dict[str, np.ndarray], dict[str, Any]]  # arrays and provenance
+
+
+def record_logits(name: str, dtype: str, device: str) -> Recorded:
+    """A file of kind "logits". Inputs with a tie in a router are drawn again."""
     recipe = recipe_of(name)
     model = small_model(**recipe).to(device, DTYPES[dtype])
     truth = small_model(**recipe).to(device, DTYPES[dtype]).double()
-    vocabulary = recipe["config"]["text_config"]["vocab_size"]
     arrays: dict[str, np.ndarray] = {}
     cases = {}
     for number, (case_name, case) in enumerate(CASES[name].items()):
         seed = 0
         while True:
-            random = np.random.default_rng([number, seed])
-            shape = (case.batch, CANVAS_LENGTH)
-            x = {
-                "prompt": random.integers(0, vocabulary, (case.batch, case.length), np.int32),
-                "padding": np.array([0, case.length // 2, case.length - 1][: case.batch], np.int32),
-                "canvases": random.integers(0, vocabulary, (case.canvases, *shape), np.int32),
-                "canvas": random.integers(0, vocabulary, shape, np.int32),
-            }
-            signal = random.normal(0, 4, (*shape, vocabulary)).astype(np.float32) if case.signal else None
+            x, signal = inputs(case, recipe["config"]["text_config"]["vocab_size"], [number, seed])
             with router_gaps(truth) as gaps:
                 prefix = encode(truth, x["prompt"], x["padding"], x["canvases"])
                 true_logits = decode(truth, x["canvas"], *prefix, signal)
@@ -478,7 +511,20 @@ def record_logits(name: str, dtype: str, device: str) -> tuple[dict[str, np.ndar
         )
         arrays |= {f"{case_name}/{key}": value for key, value in x.items()}
         cases[case_name] = {"rms_error": float(np.sqrt(np.mean((logits - true_logits) ** 2))), "seed": [number, seed]}
-    return arrays, {"kind": "logits", "model": recipe, "cases": cases}
+    return arrays, {"kind": "logits", "model": recipe, "dtype": dtype, "cases": cases}
+
+
+def inputs(case: Case, vocabulary: int, seed: list[int]) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """Random ids for a case, and the logits the signal is made from."""
+    random = np.random.default_rng(seed)
+    shape = (case.batch, CANVAS_LENGTH)
+    x = {
+        "prompt": random.integers(0, vocabulary, (case.batch, case.length), np.int32),
+        "padding": np.array([0, case.length // 2, case.length - 1][: case.batch], np.int32),
+        "canvases": random.integers(0, vocabulary, (case.canvases, *shape), np.int32),
+        "canvas": random.integers(0, vocabulary, shape, np.int32),
+    }
+    return x, random.normal(0, 4, (*shape, vocabulary)).astype(np.float32) if case.signal else None
 
 
 def recipe_of(name: str) -> dict[str, Any]:
@@ -488,51 +534,61 @@ def recipe_of(name: str) -> dict[str, Any]:
     return {"config": config, "weights": weights}
 
 
-def record_trajectory(run: Run, device: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays and provenance of a file of kind "trajectory", with the first seed whose decisions keep their MARGINS."""
+def record_small(run: Run, device: str) -> Recorded:
+    """A file of kind "trajectory" from the model that settles, with random prompts."""
     recipe = recipe_of("settling")
-    model = small_model(**recipe).to(device)
-    settings = DEFAULTS | run.settings
+
+    def prompts(seed: int) -> list[list[int]]:
+        random = np.random.default_rng(seed)
+        return [random.integers(0, SMALL["vocab_size"], length).tolist() for length in run.lengths]
+
+    arrays, provenance = with_margins(small_model(**recipe).to(device), prompts, DEFAULTS | run.settings)
+    return arrays, provenance | {"model": recipe}
+
+
+def record_built_in(run: Run, device: str) -> Recorded:
+    """A file of kind "trajectory" from the built-in model, with prompts in its language."""
+    tokenizer = Tokenizer.load(BUILT_IN)
+    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in run.texts]
+    model = built_in_model(BUILT_IN).to(device)
+    settings = DEFAULTS | {"max_tokens": 3 * model.config.canvas_length} | run.settings
+    arrays, provenance = with_margins(model, lambda seed: prompts, settings)
+    digest = hashlib.sha256((BUILT_IN / "model.safetensors").read_bytes()).hexdigest()
+    return arrays, provenance | {"model": {"folder": BUILT_IN.name, "sha256": digest}}
+
+
+def with_margins(model: Model, prompts: Callable[[int], list[list[int]]], settings: dict[str, Any]) -> Recorded:
+    """A trajectory from the first seed with which every decision keeps its margin."""
     seed = 0
     while True:
-        random = np.random.default_rng(seed)
-        prompts = [random.integers(0, SMALL["vocab_size"], length).tolist() for length in run.lengths]
-        arrays, smallest = trajectory(model, prompts, settings, seed)
+        arrays, smallest = trajectory(model, prompts(seed), settings, seed)
         if all(smallest[name] >= limit for name, limit in MARGINS.items()):
             break
         seed += 1
-    provenance = {"kind": "trajectory", "model": recipe, "settings": settings, "seed": seed, "margins": smallest}
+    provenance = {"kind": "trajectory", "dtype": "float32", "settings": settings, "seed": seed, "margins": smallest}
     return arrays, provenance
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Record transformers' DiffusionGemma into tests/reference.")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--only", metavar="NAME", help="record files whose names contain NAME")
+    parser.add_argument("--only", default="", metavar="NAME", help="record files whose names contain NAME")
     parser.add_argument("--out", type=Path, default=ROOT / "tests" / "reference")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = False
-    jobs: dict[str, Callable[[], tuple[dict[str, np.ndarray], dict[str, Any]]]] = {}
+    jobs: dict[str, Callable[[str], Recorded]] = {}
     for name, dtype in (("small", "float32"), ("real-heads", "float32"), ("real-heads", "bfloat16")):
-        jobs[f"logits-{name}-{dtype}"] = partial(record_logits, name, dtype, options.device)
-    for name, run in RUNS.items():
-        jobs[f"trajectory-settling-{name}"] = partial(record_trajectory, run, options.device)
+        jobs[f"logits-{name}-{dtype}"] = partial(record_logits, name, dtype)
+    jobs |= {f"trajectory-settling-{name}": partial(record_small, run) for name, run in RUNS.items()}
+    jobs |= {f"trajectory-demo-{name}": partial(record_built_in, run) for name, run in DEMO_RUNS.items()}
     options.out.mkdir(parents=True, exist_ok=True)
-    for name, job in jobs.items():
-        if options.only and options.only not in name:
-            continue
-        arrays, provenance = job()
-        dtype = name.rpartition("-")[2] if name.startswith("logits") else "float32"
-        provenance |= {
-            "device": device_name(options.device),
-            "dtype": dtype,
-            "versions": versions(),
-            "commit": commit(),
-        }
-        contents: dict[str, Any] = arrays | {"provenance": np.array(json.dumps(provenance))}
+    about = {"device": device_name(options.device), "versions": versions(), "commit": commit()}
+    for name in (name for name in jobs if options.only in name):
+        arrays, provenance = jobs[name](options.device)
+        contents: dict[str, Any] = arrays | {"provenance": np.array(json.dumps(provenance | about))}
         np.savez_compressed(options.out / f"{name}.npz", **contents)
-        print(name, {key: provenance[key] for key in ("cases", "margins", "seed") if key in provenance})
+        print(name, {key: provenance[key] for key in ("cases", "margins", "seed") if key in provenance}, flush=True)
 
 
 def device_name(device: str) -> str:

@@ -4,6 +4,7 @@ convert/record_reference.py writes them and documents the files. Nothing here im
 recorder uses `random_weights` on machines without it.
 """
 
+import hashlib
 import json
 import zlib
 from collections.abc import Mapping
@@ -71,8 +72,23 @@ class Recording:
         return cls(name=path.stem, provenance=json.loads(str(arrays.pop("provenance"))), arrays=arrays)
 
     def network(self) -> "Network":
-        """Our network with the weights of the recording's model, in float32."""
-        return small_network(**self.provenance["model"])
+        """Our network with the weights of the recording's model, in float32. Errors: CheckpointError for a built-in
+        model that is not the recorded one."""
+        model = self.provenance["model"]
+        return _built_in(self.name, **model) if "folder" in model else small_network(**model)
+
+
+def _built_in(name: str, *, folder: str, sha256: str) -> "Network":
+    from .checkpoint import load_network
+    from .errors import CheckpointError
+
+    weights = HERE / folder / "model.safetensors"
+    if hashlib.sha256(weights.read_bytes()).hexdigest() != sha256:
+        raise CheckpointError(
+            f"{name} was recorded with other weights than those in {weights}.\n"
+            "Record it again: python convert/record_reference.py --only demo"
+        )
+    return load_network(weights.parent)
 
 
 def small_network(*, config: dict[str, Any], weights: dict[str, Any]) -> "Network":
