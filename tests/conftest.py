@@ -2,7 +2,12 @@
 
 from collections.abc import Callable
 
+import hypothesis
 import pytest
+
+# The same examples on every run, and no test that depends on how busy the machine is.
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("steady")
 
 _SUMMARY: list[str] = []
 
