@@ -27,7 +27,7 @@ from mlx_diffgemma.trainer import Example, answers
 @click.option("--adapter")
 @click.option("--count", default=60, help="Held-out examples of each task.")
 @click.option("--seeds", default="0,1,2")
-@click.option("--tasks", default=",".join((*train_demo.STRUCTURED, "sudoku")))
+@click.option("--tasks", default=",".join((*train_demo.TASKS, "sudoku")))
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the scores here, too.")
 def main(model: str, adapter: str | None, count: int, seeds: str, tasks: str, file: Path | None) -> None:
     loaded = load(model, adapter=adapter)

@@ -50,8 +50,9 @@ def attach(network: Network, lora: Lora, *, seed: int = 0) -> None:
 
 
 def _adapted(module: nn.Module, lora: Lora) -> nn.Module:
-    kind = LoRASwitchLinear if isinstance(module, SwitchLinear | QuantizedSwitchLinear) else LoRALinear
-    return kind.from_base(module, r=lora.rank, dropout=0.0, scale=lora.scale)
+    stacked = isinstance(module, SwitchLinear | QuantizedSwitchLinear)
+    make: Any = LoRASwitchLinear.from_base if stacked else LoRALinear.from_base
+    return make(module, r=lora.rank, dropout=0.0, scale=lora.scale)
 
 
 def save(network: Network, lora: Lora, folder: Path) -> None:
@@ -72,7 +73,7 @@ def load(network: Network, folder: Path) -> None:
     lora = read_config(folder)
     attach(network, lora)
     try:
-        found: dict[str, Any] = dict(mx.load(str(folder / WEIGHTS)))  # pyright: ignore[reportArgumentType]
+        found: Any = mx.load(str(folder / WEIGHTS))
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from None
     expected = {name: weight.shape for name, weight in _weights(network).items()}
@@ -109,5 +110,11 @@ def fuse(network: Network) -> None:
 
 
 def _weights(network: Network) -> dict[str, mx.array]:
-    leaves = tree_flatten(network.parameters())
-    return {name: weight for name, weight in leaves if name.endswith((".lora_a", ".lora_b"))}
+    found = leaves(network.parameters())
+    return {name: weight for name, weight in found.items() if name.endswith((".lora_a", ".lora_b"))}
+
+
+def leaves(tree: dict[str, Any]) -> dict[str, mx.array]:
+    """The arrays of a tree of parameters, by dotted name."""
+    flat: Any = tree_flatten(tree)
+    return dict(flat)

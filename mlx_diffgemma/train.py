@@ -177,17 +177,10 @@ class Run:
 
     def _check_memory(self, network: "Network", examples: list["Example"], ignore: bool) -> None:
         """Nothing is computed yet: sizes are known, weights are still on disk."""
-        from mlx.utils import tree_flatten
-
         from .trainer import memory_needed
 
-        needed = memory_needed(
-            network.config,
-            self.settings,
-            weights=sum(w.nbytes for _, w in tree_flatten(network.parameters())),
-            length=max(e.length for e in examples if e.length <= self.settings.max_length),
-            trained=sum(w.size for _, w in tree_flatten(network.trainable_parameters())),
-        )
+        longest = max(e.length for e in examples if e.length <= self.settings.max_length)
+        needed = memory_needed(network, self.settings, longest)
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self.say(f"Needs about {needed / 1e9:.1f} GB of memory; this machine has {have / 1e9:.1f} GB.")
         if needed > have and not ignore:
@@ -247,16 +240,22 @@ def _evaluation(event: "Evaluated", record: dict[str, Any]) -> str:
 
 
 def write_model(network: "Network", source: Path, folder: Path) -> None:
-    """A checkpoint under the released names (packed matrices under those of a pack), with all that lies beside it."""
+    """A checkpoint under the released names (packed matrices under those of a pack), with the vision tower and all
+    else that lies in `source`."""
     import mlx.core as mx
-    from mlx.utils import tree_flatten
+
+    from .adapters import leaves
+    from .checkpoint import is_vision
 
     folder.mkdir(parents=True, exist_ok=True)
-    leaves = dict(tree_flatten(network.parameters()))
+    found = leaves(network.parameters())
     weights = {}
-    for name, weight in leaves.items():
-        stacked = ".experts." in name and name.replace(".weight", ".scales") not in leaves
+    for name, weight in found.items():
+        stacked = ".experts." in name and name.replace(".weight", ".scales") not in found
         weights["model." + (name.removesuffix(".weight") if stacked else name)] = weight
+    for file in sorted(source.glob("model*.safetensors")):
+        beside: Any = mx.load(str(file))
+        weights |= {name: tensor for name, tensor in beside.items() if is_vision(name)}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     for name in ("config.json", *ASIDE):
         if (source / name).is_file():

@@ -24,10 +24,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_map, tree_unflatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from . import engine
+from .adapters import leaves
 from .config import GenerationConfig, ModelConfig
 from .errors import TrainingError
 from .layers import Experts, Layer, geglu
@@ -310,21 +311,26 @@ class AllExperts(Experts):
         return y.flatten(1) @ out.swapaxes(1, 2).flatten(0, 1)
 
 
-def memory_needed(config: ModelConfig, settings: Settings, *, weights: int, length: int, trained: int) -> int:
-    """Bytes at the peak of a step, predicted, from bytes of weights, tokens of an example, and trained parameters.
+def memory_needed(network: Network, settings: Settings, length: int) -> int:
+    """Bytes at the peak of a step with examples of `length` tokens, predicted; nothing is computed for it.
 
-    Per token a layer keeps its residuals, projections, both branches' gates and its rows of attention scores.
+    Per token a layer keeps its residuals, projections, both branches' gates and its rows of attention scores, or with
+    `checkpoint_layers` its input, keys and values; per trained parameter there are a gradient, two moments, an update.
     """
+    config, size = network.config, network.decoder.norm.weight.dtype.size
     tokens = settings.batch_size * (length + int((1 + settings.self_conditioning) * config.canvas_length))
-    kept = 0
+    layers, inputs = [], 0
     for layer in config.layers:
         heads = (2 * config.num_attention_heads + 2 * layer.num_kv_heads) * layer.head_dim
         wide = 4 * config.intermediate_size + config.top_k_experts * (4 * config.moe_intermediate_size)
         scores = 2 * config.num_attention_heads * (length + config.canvas_length)
-        size = 2 * (12 * config.hidden_size + heads + wide + config.top_k_experts * config.hidden_size + scores)
-        kept = max(kept, size) if settings.checkpoint_layers else kept + size
+        layers.append(12 * config.hidden_size + heads + wide + config.top_k_experts * config.hidden_size + scores)
+        inputs += config.hidden_size + 2 * layer.num_kv_heads * layer.head_dim
+    kept = max(layers) + inputs if settings.checkpoint_layers else sum(layers)
+    weights = sum(weight.nbytes for weight in leaves(network.parameters()).values())
+    trained = sum(weight.size for weight in leaves(network.trainable_parameters()).values())
     logits = 16 * min(LOGITS, tokens * config.vocab_size)
-    return weights + 16 * trained + tokens * kept + logits
+    return weights + 16 * trained + size * tokens * kept + logits
 
 
 def prepare(network: Network, settings: Settings) -> None:
@@ -342,7 +348,7 @@ def initialize(network: Network, seed: int) -> None:
     """Weights to start from: matrices keep variances, the embedding has unit norm, attention starts at 1 / sqrt(D)."""
     key = mx.random.key(seed)
     fresh = []
-    for name, weight in tree_flatten(network.parameters()):
+    for name, weight in leaves(network.parameters()).items():
         if weight.ndim >= 2:
             key, draw = mx.random.split(key)
             fresh.append((name, mx.random.normal(weight.shape, key=draw) * weight.shape[-1] ** -0.5))
@@ -458,14 +464,14 @@ class Trainer:
         self.optimizer.init(network.trainable_parameters())
         self.group = mx.distributed.init()
         self.step = 0
-        state = [network.state, self.optimizer.state]
-        self._gradients = mx.compile(self._value_and_grad, inputs=state[:1], outputs=state[:1])
-        self._update = mx.compile(self._apply, inputs=state, outputs=state)
 
     def run(self) -> Iterator[Event]:
         """Train to the last step. Errors: TrainingError when the loss is no longer a number."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.resume()
+        state = [self.network.state, self.optimizer.state]  # the dicts that resuming filled
+        self._gradients = mx.compile(self._value_and_grad, inputs=state[:1], outputs=state[:1])
+        self._update = mx.compile(self._apply, inputs=state, outputs=state)
         while self.step < self.settings.steps:
             yield self._train_step()
             last = self.step == self.settings.steps
@@ -477,21 +483,21 @@ class Trainer:
     def _train_step(self) -> Trained:
         start = time.perf_counter()
         settings, workers = self.settings, self.group.size()
-        gradients, decoder, encoder, tokens = None, 0.0, 0.0, 0
+        gradients, tokens = None, 0
+        parts = np.zeros(2)  # the two losses
         for part in range(settings.accumulate):
             number = (self.step * settings.accumulate + part) * workers + self.group.rank()
             rng = np.random.default_rng((settings.seed, 2, number))
             batch = make_batch(self.batches[number], rng, self.network.config, settings, self.stop_id)
-            parts, new = self._gradients(
-                batch.tokens, batch.lengths, batch.starts, batch.clean, batch.noisy, batch.looks
-            )
+            arrays = (batch.tokens, batch.lengths, batch.starts, batch.clean, batch.noisy)
+            pair, new = self._gradients(*arrays, batch.looks)
             gradients = new if gradients is None else tree_map(mx.add, gradients, new)
-            mx.eval(parts, gradients)
-            decoder, encoder = decoder + parts[0].item(), encoder + parts[1].item()
+            mx.eval(pair, gradients)
+            parts += [np.array(loss) for loss in pair]
             tokens += batch.tokens.size + batch.clean.size
         gradients = tree_map(lambda g: g / settings.accumulate, gradients)
         gradients = nn.average_gradients(gradients, self.group)
-        decoder, encoder = decoder / settings.accumulate, encoder / settings.accumulate
+        decoder, encoder = (parts / settings.accumulate).tolist()
         loss = decoder + settings.encoder_weight * encoder
         if not math.isfinite(loss):
             raise TrainingError(
@@ -540,7 +546,7 @@ class Trainer:
             pair = losses(self.network, batch)
             mx.eval(pair)
             rows = len(batch.starts)
-            sums, count = sums + rows * np.array([loss.item() for loss in pair]), count + rows
+            sums, count = sums + rows * np.array([float(np.array(loss)) for loss in pair]), count + rows
         return Evaluated(step=self.step, decoder_loss=sums[0] / count, encoder_loss=sums[1] / count)
 
     def save(self) -> Saved:
@@ -549,10 +555,8 @@ class Trainer:
         partial_folder = self.folder / f".{final.name}"
         shutil.rmtree(partial_folder, ignore_errors=True)
         partial_folder.mkdir()
-        mx.save_safetensors(
-            str(partial_folder / "weights.safetensors"), dict(tree_flatten(self.network.trainable_parameters()))
-        )
-        mx.save_safetensors(str(partial_folder / "optimizer.safetensors"), dict(tree_flatten(self.optimizer.state)))
+        mx.save_safetensors(str(partial_folder / "weights.safetensors"), leaves(self.network.trainable_parameters()))
+        mx.save_safetensors(str(partial_folder / "optimizer.safetensors"), leaves(self.optimizer.state))
         position = {"step": self.step, "settings": asdict(self.settings)}
         (partial_folder / "position.json").write_text(json.dumps(position, indent=2) + "\n")
         shutil.rmtree(final, ignore_errors=True)
@@ -562,11 +566,17 @@ class Trainer:
         return Saved(step=self.step, folder=final)
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint, if there is one."""
+        """Continue from the newest checkpoint, if there is one. Errors: TrainingError when it trained other weights."""
         if (newest := self._newest()) is None:
             return
-        self.network.load_weights(str(newest / "weights.safetensors"), strict=False)
-        saved = mx.load(str(newest / "optimizer.safetensors"))
+        weights: Any = mx.load(str(newest / "weights.safetensors"))
+        if weights.keys() != leaves(self.network.trainable_parameters()).keys():
+            raise TrainingError(
+                f"{newest} is a checkpoint of another kind of run: it trained other weights.\n"
+                "Choose another output folder, or delete it to start anew."
+            )
+        self.network.load_weights(list(weights.items()), strict=False)
+        saved: Any = mx.load(str(newest / "optimizer.safetensors"))
         self.optimizer.state = tree_unflatten(list(saved.items()))
         self.step = json.loads((newest / "position.json").read_text())["step"]
         mx.eval(self.network.state, self.optimizer.state)
