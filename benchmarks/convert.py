@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,12 @@ convert.convert(sys.argv[1], sys.argv[2], quantize=True, q_bits=4, q_group_size=
 """
 
 
-def make_source(folder: Path, content: str, layers: int) -> Path:
+def make_source(folder: Path, content: str, layers: int) -> None:
     """A checkpoint of the released widths with so many layers."""
     config = synthetic.published("released/config.json")
     text = config["text_config"]
     text |= {"num_hidden_layers": layers, "layer_types": text["layer_types"][:layers]}
-    return synthetic.write(folder, config, fill=synthetic.block_fill() if content == "random" else None)
+    synthetic.write(folder, config, fill=synthetic.block_fill() if content == "random" else None)
 
 
 def measure(script: str, source: Path, target: Path) -> dict[str, float]:
@@ -78,7 +79,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    source = make_source(args.folder / "source", args.content, args.layers)
+    source = args.folder / "source"
+    # In a process of its own: a converter's peak would begin at the memory of the process that starts it.
+    maker = get_context("spawn").Process(target=make_source, args=(source, args.content, args.layers))
+    maker.start()
+    maker.join()
     try:
         load_before = os.getloadavg()[0]
         results = {

@@ -303,9 +303,10 @@ def _is_finished(file: Path, shard: Shard) -> bool:
 
 @contextmanager
 def workers() -> Iterator[ThreadPoolExecutor]:
-    """One thread per core; MLX keeps no freed buffers, so memory stays at what the pieces need."""
+    """Two threads per core, so that one reads while another computes; MLX keeps no freed buffers, so memory stays at
+    what the pieces need."""
     before = mx.set_cache_limit(0)
-    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 8))
+    pool = ThreadPoolExecutor(min(2 * (os.cpu_count() or 1), 16))
     try:
         yield pool
     finally:
