@@ -15,7 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Run:
     steps: int
     canvases: int
     seconds: float
+    cpu_seconds: float = 0.0  # of this process: what else the machine does is not in it
     prefill: float
     first_sign: float  # until the caller gets anything of the canvas to look at
     first_canvas: float
@@ -243,16 +244,23 @@ def measure(sides: dict[str, Side], prompts: list[list[int]], runs: int) -> dict
     found: dict[str, list[Run]] = {name: [] for name in sides}
 
     def turn(name: str, side: Side) -> Callable[[], None]:
-        return lambda: found[name].append(Run.sum([side(prompt, len(found[name])) for prompt in prompts]))
+        return lambda: found[name].append(Run.sum([_worked(side, prompt, len(found[name])) for prompt in prompts]))
 
     common.alternate({name: turn(name, side) for name, side in sides.items()}, runs)
     return {name: every[1:] for name, every in found.items()}
+
+
+def _worked(side: Side, prompt: list[int], seed: int) -> Run:
+    begun = time.process_time()
+    run = side(prompt, seed)
+    return replace(run, cpu_seconds=time.process_time() - begun)
 
 
 FIGURES: dict[str, Callable[[Run, int], float]] = {
     "tokens_per_second": lambda run, _: run.tokens / run.seconds,
     "steps_per_canvas": lambda run, _: run.steps / run.canvases,
     "seconds_per_step": lambda run, _: (run.seconds - run.prefill) / run.steps,  # commits included
+    "cpu_seconds_per_step": lambda run, _: run.cpu_seconds / run.steps,  # prefill included
     "seconds_to_first_sign": lambda run, prompts: run.first_sign / prompts,
     "seconds_to_first_canvas": lambda run, prompts: run.first_canvas / prompts,
     "prefill_seconds": lambda run, prompts: run.prefill / prompts,
