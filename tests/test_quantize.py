@@ -184,6 +184,6 @@ def test_memory_to_run_is_weights_prefix_and_a_step() -> None:
     short, long = (quantize.memory_needed(RELEASED, weights, prefix) for prefix in (4096, 131_072))
     assert long - short == 20_480 * (131_072 - 4096)
     assert short - weights - quantize.STEP == 20_480 * (4096 + 256) + 204_800 * (1023 + 256)
-    assert quantize.smallest_macs(short) == (32, 24)
+    assert quantize.smallest_macs(short) == (24, 24)
     assert quantize.smallest_macs(10_000_000_000) == (16, 16)
     assert quantize.smallest_macs(200_000_000_000) == (None, None)
