@@ -94,6 +94,7 @@ SMALLER = {
     "convert": "--hf-path released",
     "train": "--steps 1 --batch-size 1 --max-length 64",
     "bench": "--repeat 1 --only fact",
+    "check": "--help",  # most of a minute; test_check.py runs all of it, part by part
 }
 
 

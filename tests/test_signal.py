@@ -41,7 +41,8 @@ def test_the_sparse_signal_is_within_its_bound(dtype: mx.Dtype) -> None:
     largest = mx.abs(vocabulary.scaled(embedding.weight)).max().item()
     difference = np.array(mx.abs(sparse - dense.signal).astype(mx.float32).max(axis=-1))[0]
     unit = 2 * vocabulary.HALF_UNIT[dtype]
-    assert (difference[soft] <= unit * largest).all()  # the same product, other rows beside it
+    rounding = max(unit, 30 / 0.4 * 2.0**-24)  # of a shaped logit in float32: a BLAS sums other shapes in other orders
+    assert (difference[soft] <= rounding * largest).all()  # the same product, other rows beside it
     bound = np.array(dense.tail)[0] * 2 * largest + unit * largest
     assert (difference[~soft] <= bound[~soft]).all()
 
