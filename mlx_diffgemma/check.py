@@ -6,6 +6,7 @@ included, are compared with the same in float64; and a pack of the released mode
 
 import dataclasses
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -50,22 +51,41 @@ def main(model: str | None, as_json: bool) -> None:
     """Compare what this installation computes with recordings of the reference. Exit status 1 if anything differs."""
     os.environ.setdefault("MLX_ENABLE_TF32", "0")  # the recordings are float32; MLX reads this at its first product
     found: list[Finding] = []
-    for part, findings in (("recordings", replay()), ("products", products()), ("published", published_of(model))):
-        own = []
-        for finding in findings:
-            own.append(finding)
-            if not as_json and finding.passed is not True:
-                click.echo(f"{'left out' if finding.passed is None else 'WRONG   '}  {finding.name}: {finding.says}")
-        if not as_json and any(finding.passed for finding in own):
-            good = [finding for finding in own if finding.passed]
-            click.echo(f"ok        {part}: {len(good)} of {len(own)}" + (f", {good[0].says}" if len(good) == 1 else ""))
+    for findings in (replay(), products(), published_of(model)):
+        own = list(findings)
+        if not as_json:
+            say(own)
         found += own
     passed = all(finding.passed is not False for finding in found)
     if as_json:
-        click.echo(json.dumps({"passed": passed, **machine(), "findings": [dataclasses.asdict(f) for f in found]}))
+        click.echo(json.dumps({"passed": passed, **machine(), "findings": [as_dict(finding) for finding in found]}))
     else:
-        click.echo("This installation computes what the reference computes." if passed else "Something is wrong.")
+        wrong = "This installation is WRONG: do not trust what it generates, and report the output of --json."
+        click.echo("This installation computes what the reference computes." if passed else wrong)
     click.get_current_context().exit(0 if passed else 1)
+
+
+def say(findings: list[Finding]) -> None:
+    """A line for what is wrong, left out or about the model itself; one line for all the rest."""
+    good = [finding for finding in findings if finding.passed]
+    for finding in findings:
+        if finding.passed is not True or finding.part == "published":
+            word = {None: "left out", False: "WRONG", True: "ok"}[finding.passed]
+            click.echo(f"{word:8}  {finding.name}: {finding.says}")
+    if good and good[0].part != "published":
+        worst = max(good, key=lambda finding: finding.figures.get("error", 0.0))
+        click.echo(
+            f"{'ok':8}  {good[0].part}: {len(good)} of {len(findings)}; the furthest, {worst.name}: {worst.says}"
+        )
+
+
+def as_dict(finding: Finding) -> dict[str, Any]:
+    """For JSON, which has no NaN and no infinity."""
+    figures = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in finding.figures.items()
+    }
+    return dataclasses.asdict(finding) | {"figures": figures}
 
 
 def machine() -> dict[str, Any]:
@@ -131,7 +151,7 @@ def _passes(recording: "Recording") -> Iterator[Finding]:
     for name, case in replay_logits(recording, network).items():
         passed = case.ratio <= RATIO and (dtype != mx.float32 or case.same_best == 1.0)
         says = f"error {case.rms_error:.1e}, {case.ratio:.1f} × PyTorch's on {recording.provenance['device']}"
-        figures = dataclasses.asdict(case) | {"ratio": case.ratio}
+        figures = dataclasses.asdict(case) | {"error": case.ratio}
         yield Finding(part="recordings", name=f"{recording.name}/{name}", passed=passed, says=says, figures=figures)
 
 

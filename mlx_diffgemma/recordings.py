@@ -7,7 +7,7 @@ recorder uses `random_weights` on machines without it.
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from .engine import Committed, Denoised
     from .network import Network
 
 HERE = Path(__file__).parent
@@ -148,6 +149,7 @@ def replay_trajectory(recording: Recording, network: "Network") -> list[str]:
     """
     from .config import GenerationConfig
     from .engine import Committed, Denoised, generate
+    from .errors import NoiseError
     from .noise import RecordedNoise
 
     told = recording.arrays
@@ -156,28 +158,37 @@ def replay_trajectory(recording: Recording, network: "Network") -> list[str]:
     prompts = [row[pad:].tolist() for row, pad in zip(told["prompt"], told["padding"], strict=True)]
     noise = RecordedNoise(told["canvas"], told["draws"], told["ids"], name=recording.name)
     departures, canvases = [], 0
-
-    def same(what: str, mine: Any, theirs: Any, *where: Any) -> None:
-        if not np.array_equal(mine, theirs):
-            departures.append(f"{recording.name}: {what} of canvas, step, row {where}: {mine} instead of {theirs}")
-
-    for event in generate(network, prompts, settings, noise):
-        if isinstance(event, Denoised):
-            c, s = event.canvas, event.step
-            for row in np.flatnonzero(s < told["row_steps"][c]):
-                for what in ("guess", "accepted", "best"):
-                    same(what, np.array(getattr(event, what))[row], told[what][c, s, row], c, s, row)
-                entropy = float(event.entropy[row].mean())
-                if abs(entropy - told["entropy"][c, s, row]) > 1e-4 * (1 + entropy):
-                    same("mean entropy", entropy, told["entropy"][c, s, row], c, s, row)
-        elif isinstance(event, Committed):
-            canvases += 1
-            for number, row in enumerate(event.rows):
-                c = event.canvas
-                ids = told["committed"][c, number].tolist() if told["row_steps"][c, number] else []
-                stop = next((i for i, token in enumerate(ids) if token in settings.stop_ids), len(ids))
-                same("steps", row.steps, told["row_steps"][c, number], c, number)
-                same("settled", row.settled, told["settled"][c, number], c, number)
-                same("ids", row.ids, ids[:stop], c, number)
-    same("number of canvases", canvases, len(told["canvas"]))
+    try:
+        for event in generate(network, prompts, settings, noise):
+            if isinstance(event, Denoised):
+                departures += _of_step(event, told)
+            elif isinstance(event, Committed):
+                departures += _of_canvas(event, told, settings.stop_ids)
+                canvases += 1
+    except NoiseError as error:  # it went on past the end of the recording
+        departures.append(str(error))
+    if canvases != len(told["canvas"]):
+        departures.append(f"{canvases} canvases instead of {len(told['canvas'])}")
     return departures
+
+
+def _of_step(event: "Denoised", told: dict[str, np.ndarray]) -> Iterator[str]:
+    c, s = event.canvas, event.step
+    for row in np.flatnonzero(s < told["row_steps"][c]):
+        for what in ("guess", "accepted", "best"):
+            differ = np.array(getattr(event, what))[row] != told[what][c, s, row]
+            if differ.any():
+                yield f"canvas {c}, step {s}, row {row}: {what} differs at {differ.sum()} of {differ.size} positions"
+        ours, theirs = float(event.entropy[row].mean()), float(told["entropy"][c, s, row])
+        if not abs(ours - theirs) <= 1e-4 * (1 + theirs):
+            yield f"canvas {c}, step {s}, row {row}: mean entropy {ours} instead of {theirs}"
+
+
+def _of_canvas(event: "Committed", told: dict[str, np.ndarray], stop_ids: tuple[int, ...]) -> Iterator[str]:
+    c = event.canvas
+    for number, row in enumerate(event.rows):
+        ids = told["committed"][c, number].tolist() if told["row_steps"][c, number] else []
+        stop = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
+        theirs = (told["row_steps"][c, number], told["settled"][c, number], tuple(ids[:stop]))
+        if (row.steps, row.settled, row.ids) != theirs:
+            yield f"canvas {c}, row {number}: steps, settled, ids {row.steps, row.settled, row.ids} instead of {theirs}"

@@ -10,7 +10,6 @@ import mlx.nn as nn
 import pytest
 
 from mlx_diffgemma import cache, engine, layers, masks, network, recordings, sampler, vocabulary
-from mlx_diffgemma.errors import NoiseError
 from mlx_diffgemma.layers import Attention, Router, SelfConditioning
 from mlx_diffgemma.network import Network
 from mlx_diffgemma.recordings import Recording, replay_trajectory
@@ -480,18 +479,12 @@ def committed_canvases_are_not_encoded(patch: Patch) -> None:
     patch.setattr(network.Network, "encode", encode)
 
 
-def departures(names: tuple[str, ...]) -> list[str]:
-    found = []
-    for name in names:
-        recording = Recording.load(recordings.folder() / f"trajectory-settling-{name}.npz")
-        try:
-            found += replay_trajectory(recording, recording.network())
-        except NoiseError as error:  # it went on past the end of the recording
-            found.append(str(error))
-    return found
+def departures(name: str) -> list[str]:
+    recording = Recording.load(recordings.folder() / f"trajectory-settling-{name}.npz")
+    return replay_trajectory(recording, recording.network())
 
 
 @pytest.mark.parametrize("name", LOOP_MUTANTS)
 def test_the_recorded_runs_notice(name: str, monkeypatch: Patch) -> None:
     LOOP_MUTANTS[name](monkeypatch)
-    assert departures(RUNS)
+    assert any(departures(run) for run in RUNS)
