@@ -25,8 +25,8 @@ WORDS = {short: word for word, short in NAMES.items()}
 # Memory of a Mac (GiB), and the share Metal lends one process unless iogpu.wired_limit_mb says otherwise.
 MACS = (16, 18, 24, 32, 36, 48, 64, 96, 128)
 SYSTEM = 4 << 30  # bytes macOS keeps for itself when that limit is raised
-# Bytes beside weights and prefix, for a step's arrays or a 2,048-token prefill chunk's. Measured in float32, two layers at
-# the released widths behind 32K tokens: 624 MB a step, 982 MB a chunk; bfloat16 halves nearly all of it.
+# Bytes beside weights and prefix, for a step's arrays or a 2,048-token prefill chunk's. Measured in float32, two layers
+# at the released widths behind 32K tokens: 624 MB a step, 982 MB a chunk; bfloat16 halves nearly all of it.
 STEP = 800_000_000
 
 
