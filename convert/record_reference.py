@@ -41,6 +41,7 @@ any canvas; zeros behind the last step of a shorter one), B rows, L canvas posit
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import platform
@@ -70,7 +71,7 @@ from mlx_diffgemma.tokenizer import Tokenizer  # noqa: E402
 
 BUILT_IN = ROOT / "mlx_diffgemma" / "demo"
 
-# transformers builds a vision tower whatever the text model: the smallest one.
+# transformers builds a vision tower whatever the text model: the smallest one, where the config has none.
 VISION = {
     "model_type": "gemma4_vision",
     "hidden_size": 8,
@@ -89,10 +90,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 # --- The reference as functions ------------------------------------------------------------------------------------
 
 
+def model_of(config: dict[str, Any]) -> Model:
+    """transformers' model in float32, with any weights."""
+    config = copy.deepcopy(config)  # transformers changes layer_types in place
+    model = DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig.from_dict({"vision_config": VISION} | config)).eval()
+    model.set_experts_implementation("eager")
+    return model
+
+
 def small_model(config: dict[str, Any], weights: dict[str, Any]) -> Model:
     """transformers' model in float32 with `random_weights(**weights)`."""
-    model = DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig.from_dict({**config, "vision_config": VISION})).eval()
-    model.set_experts_implementation("eager")
+    model = model_of(config)
     state = {name: value for name, value in model.state_dict().items() if "vision" not in name}
     shapes = {name: tuple(value.shape) for name, value in state.items() if name != "lm_head.weight"}
     values = random_weights(shapes, **weights)
@@ -109,12 +117,10 @@ def small_model(config: dict[str, Any], weights: dict[str, Any]) -> Model:
 
 def built_in_model(folder: Path) -> Model:
     """transformers' model in float32 with the weights of a folder in the released layout."""
-    config = json.loads((folder / "config.json").read_text())
-    model = DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig.from_dict({**config, "vision_config": VISION})).eval()
-    model.set_experts_implementation("eager")
+    model = model_of(json.loads((folder / "config.json").read_text()))
     missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    shared = "model.encoder.language_model."  # and lm_head: the decoder's own tensors under another name
-    if unexpected or any("vision" not in name and shared not in name and name != "lm_head.weight" for name in missing):
+    shared = ("model.encoder.language_model.", "lm_head.")  # the decoder's own tensors under another name
+    if unexpected or not all(name.startswith(shared) for name in missing):
         raise SystemExit(f"{folder} does not fit the model: unexpected {unexpected}, missing {missing}")
     model.tie_weights()
     return model

@@ -177,6 +177,7 @@ def _layers(text: dict[str, Any]) -> tuple[LayerConfig, ...]:
             f"config.json: text_config.layer_types must name {count} layers, each {SLIDING!r} or {FULL!r};"
             f" got {len(kinds)}: {sorted(set(map(str, kinds)))}."
         )
+    kinds = [*kinds[:-1], FULL]  # as transformers does: the last layer is a full one whatever the list says
     heads, head_dim, kv_heads = (_positive(text, k) for k in ("num_attention_heads", "head_dim", "num_key_value_heads"))
     rope = text.get("rope_parameters") or _DEFAULT_ROPE
     per_layer = {int(i): dict(v) for i, v in (text.get("per_layer_config") or {}).items()}

@@ -82,7 +82,13 @@ MODELS = {
         released_dialect=False,
     ),
     "many-experts": Model(
-        text=text_config(num_experts=32, top_k_experts=8, vocab_size=251, sliding_window=24),
+        text=text_config(
+            num_experts=32,
+            top_k_experts=8,
+            vocab_size=251,
+            sliding_window=24,
+            layer_types=[SLIDING, FULL, SLIDING, SLIDING, SLIDING],  # the last becomes a full one
+        ),
         canvas_length=64,
         weights={"seed": 4},
         released_dialect=True,
