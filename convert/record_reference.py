@@ -2,15 +2,16 @@
 
     python convert/record_reference.py [--device cpu|cuda] [--only NAME] [--out tests/reference]
 
-The one file that imports torch. Needs torch, transformers 5.23 and this package's Python files; MLX need not be there.
-When the built-in model is trained anew, record it anew: --only demo.
+Beside tests and benchmarks the one file that imports torch. Needs torch, transformers 5.23 and this package's Python
+files; MLX need not be there. When the built-in model is trained anew, record it anew: --only demo.
+
 Every file is an .npz without pickles. Its entry `provenance` is a JSON string:
 
     kind      "logits" or "trajectory"
     device    "cpu", or "cuda" with the card's name;   dtype   what the model ran in
     versions  python, torch, transformers, numpy;   commit   of this repository;   seed   of every random choice
     model     {"config": config.json, "weights": arguments of recordings.random_weights}, or, for the built-in model,
-            {"folder": "demo", "sha256": of its model.safetensors}
+              {"folder": "demo", "sha256": of its model.safetensors}
 
 Kind "logits": softcapped logits of single decoder passes. `cases` in the provenance lists, by name,
 `{"rms_error": RMS of the logits' error against truth}`; per case NAME the arrays are
@@ -36,7 +37,8 @@ any canvas; zeros behind the last step of a shorter one), B rows, L canvas posit
     settled    bool [C, B]            whether it was, within the steps allowed
     committed  int32 [C, B, L]        after the canvas: `best`, with padding behind the first stop id
   `settings` in the provenance are the generation options, `margins` how close any decision of the run came to falling
-  the other way (logits between the best two tokens, nats at the entropy bound and at the confidence threshold).
+  the other way (logits between the best two tokens, probability about a draw, nats at the entropy bound and at the
+  confidence threshold).
   What a row "did" after it was settled is transformers' business: compare steps below row_steps alone.
 """
 
@@ -84,7 +86,7 @@ VISION = {
     "position_embedding_size": 4,
 }
 Model = Any  # DiffusionGemmaForBlockDiffusion; its annotations do not fit how it is called
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 # --- The reference as functions ------------------------------------------------------------------------------------
@@ -127,21 +129,15 @@ def built_in_model(folder: Path) -> Model:
 
 
 def encode(
-    model: Model,
-    prompt: np.ndarray,
-    padding: np.ndarray,
-    canvases: np.ndarray,
-    chunk: int = 0,
+    model: Model, prompt: np.ndarray, padding: np.ndarray, canvases: np.ndarray
 ) -> tuple[DynamicCache, torch.Tensor]:
-    """The cache after a left-padded prompt [B, P], in pieces of `chunk` if given, and the canvases [n, B, L]; and the
-    attention mask of all those tokens."""
+    """The cache after a left-padded prompt [B, P] and the canvases [n, B, L], and the mask of all those tokens."""
     cache = DynamicCache(config=model.config.get_text_config())
-    pieces = [prompt[:, i : i + chunk] for i in range(0, prompt.shape[1], chunk)] if chunk else [prompt]
     mask = torch.from_numpy(np.arange(prompt.shape[1])[None] >= padding[:, None]).to(model.device)
     mask = torch.nn.functional.pad(mask, (0, canvases.shape[0] * canvases.shape[-1]), value=True)
     end = 0
     with torch.no_grad():
-        for piece in (*pieces, *canvases):
+        for piece in (prompt, *canvases):
             end += piece.shape[1]
             ids = torch.from_numpy(piece).long().to(model.device)
             model.model.encoder(input_ids=ids, attention_mask=mask[:, :end], past_key_values=cache)
@@ -266,16 +262,18 @@ class Recorder:
             probabilities = self._probabilities.view(*best.shape, -1)
             entropy = torch.special.entr(probabilities).sum(-1)
             accepted = named["sampler"].accepted_token_mask
+            draws, room = middle(self._probabilities, self._guess)
             self.canvases[-1].steps.append(
                 Step(
-                    draws=middle(self._probabilities, self._guess).view(best.shape).cpu().numpy(),
+                    draws=draws.view(best.shape).cpu().numpy(),
                     guess=self._guess.view(best.shape).cpu().numpy(),
                     best=best,
                     accepted=accepted.cpu().numpy(),
                     entropy=entropy.mean(-1).cpu().numpy(),
                     ids=self._ids.cpu().numpy(),
                     done=done.copy(),
-                    margins=margins(probabilities, entropy, accepted, self.settings),
+                    margins={"guess": room.view(best.shape).amin(-1).cpu().numpy()}
+                    | margins(probabilities, entropy, accepted, self.settings),
                 )
             )
             return out
@@ -283,13 +281,13 @@ class Recorder:
         return step
 
 
-def middle(probabilities: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def middle(probabilities: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """For drawn ids [N, 1] of float64 probabilities [N, V]: the middle of each one's interval of the cumulative
-    distribution, as float32 below 1."""
+    distribution, as float32 below 1, and half the interval."""
     cumulative = probabilities.cumsum(-1)
     upper = cumulative.gather(-1, ids) / cumulative[:, -1:]
     lower = upper - probabilities.gather(-1, ids) / cumulative[:, -1:]
-    return ((upper + lower) / 2).float().clamp(max=1 - 2**-24)
+    return ((upper + lower) / 2).float().clamp(max=1 - 2**-24), (upper - lower) / 2
 
 
 def margins(
@@ -487,7 +485,7 @@ DEMO_RUNS = {
 }
 
 # Decisions nearer than this to falling the other way are not recorded: two correct runs could differ there.
-MARGINS = {"best": 2e-4, "accept": 5e-6, "confidence": 1e-6}
+MARGINS = {"best": 2e-4, "guess": 1e-6, "accept": 5e-6, "confidence": 1e-6}
 ROUTER_TIE = 1e-6
 
 
