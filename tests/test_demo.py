@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from benchmarks import demo_score, train_demo
 from mlx_diffgemma import load
 from mlx_diffgemma.checkpoint import open_checkpoint
-from mlx_diffgemma.pipeline import DiffusionGemma
+from mlx_diffgemma.pipeline import DiffusionGemma, Result
 from mlx_diffgemma.train import builtin
 
 DEMO = Path(builtin())
@@ -32,9 +33,11 @@ def test_it_has_every_feature_of_the_released_model() -> None:
     assert config.layers[-1].rotated_dims < config.layers[-1].head_dim
 
 
-def test_its_tokenizer_is_the_one_the_recipe_writes(tmp_path: Path) -> None:
+def test_tokenizer_and_configs_are_those_the_recipe_writes(tmp_path: Path) -> None:
     train_demo.write_model(tmp_path)
     for file in tmp_path.iterdir():
+        if file.name == "model.safetensors":  # there, of the vision tower alone
+            continue
         assert file.read_bytes() == (DEMO / file.name).read_bytes(), file.name
 
 
@@ -84,8 +87,8 @@ def test_puzzles_have_one_solution() -> None:
 
 @pytest.mark.parametrize("task", [*train_demo.TASKS, "sudoku"])
 def test_it_answers_held_out_questions(demo: DiffusionGemma, task: str) -> None:
-    """A few of each task, far fewer than benchmarks/demo_score.py asks: a wrong pass of the network fails this."""
-    score = demo_score.score(demo, demo_score.held_out(task, 8), [0])
+    """Fewer of each task than benchmarks/demo_score.py asks, and a wide margin: a wrong network fails this."""
+    score = demo_score.score(demo, demo_score.held_out(task, 20), [0])
     assert score["exact"] >= 0.75
     assert score["settled"] >= 0.85
 
@@ -95,18 +98,18 @@ def test_transformers_solves_the_same_puzzles(demo: DiffusionGemma) -> None:
     import torch
     from transformers import DiffusionGemmaForBlockDiffusion
 
-    model, found = DiffusionGemmaForBlockDiffusion.from_pretrained(DEMO, dtype=torch.float32, output_loading_info=True)
-    assert not any(found.values())
+    loaded: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(DEMO, dtype=torch.float32, output_loading_info=True)
+    model, found = loaded
+    assert not any(found.values())  # no weight missing, none left over
     torch.manual_seed(0)
     for example in train_demo.sudoku(train_demo.HELD_OUT_SEED, 3):
         prompt = demo.tokenizer.apply_chat_template([{"role": "user", "content": example.prompt}])
         with torch.no_grad():
             made = model.generate(torch.tensor([prompt]), max_new_tokens=48)
-        ids = (
-            made.sequences[0, len(prompt) :].tolist() if hasattr(made, "sequences") else made[0, len(prompt) :].tolist()
-        )
-        assert demo.tokenizer.decode(ids) == example.answer
-        assert demo.generate(example.prompt, seed=0).text == example.answer
+        assert demo.tokenizer.decode(made.sequences[0, len(prompt) :].tolist()) == example.answer
+        ours = demo.generate(example.prompt, seed=0)
+        assert isinstance(ours, Result)
+        assert ours.text == example.answer
 
 
 def test_the_chat_template_is_the_released_ones_shape(demo: DiffusionGemma) -> None:
