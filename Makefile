@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test lint bench
 demo: .venv/demo
-	$(RUN) mlx_diffgemma.generate --pace 0.2
+	$(RUN) mlx_diffgemma.generate --pace 0.15
 
 test: lint
 	$(RUN) pytest

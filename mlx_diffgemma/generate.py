@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .render import Sink
     from .tokenizer import Message
 
-EXAMPLE = "Solve this Sudoku:\n1.. 2.5\n5.2 ...\n.53 421\n241 .63\n..5 1..\n..6 352"
+EXAMPLE = "Solve this Sudoku:\n63. ...\n.15 63.\n.56 2..\n.21 ..5\n... 5..\n... 34."
 
 
 @command("generate")
