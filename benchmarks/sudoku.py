@@ -1,6 +1,6 @@
 """The published story at small scale: a model that never saw a Sudoku, fine-tuned with LoRA by the command.
 
-    python benchmarks/sudoku.py build/sudoku [--steps 800] [--count 50]
+    python benchmarks/sudoku.py build/sudoku [--steps 400] [--count 50]
 
 First a base is trained on the structured tasks alone (or given by --base), then an adapter on 6×6 Sudoku. Printed:
 puzzles solved and steps per canvas, before and after, on held-out puzzles with 20 … 28 of 36 cells given.
@@ -39,8 +39,8 @@ LORA = {
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--base", type=click.Path(path_type=Path, exists=True), help="A model that never saw a Sudoku.")
-@click.option("--base-steps", default=500)
-@click.option("--steps", default=800, help="Of the LoRA fine-tuning.")
+@click.option("--base-steps", default=240)
+@click.option("--steps", default=400, help="Of the LoRA fine-tuning.")
 @click.option("--count", default=50, help="Held-out puzzles.")
 def main(folder: Path, base: Path | None, base_steps: int, steps: int, count: int) -> None:
     if base is None:
