@@ -416,7 +416,10 @@ class Recipe:
 def knowledge() -> Path:
     """The folder `convert/`: the copy packed in the wheel, else the one beside the package."""
     package = Path(__file__).parent
-    return next(path for path in (package / "_convert", package.parent / "convert") if path.is_dir())
+    for path in (package / "_convert", package.parent / "convert"):
+        if path.is_dir():
+            return path
+    raise ConfigError(f"this installation lacks the converter's data: no {package / '_convert'}. Install it again.")
 
 
 def recipe_names() -> list[str]:

@@ -63,12 +63,11 @@ def pieces(pairs: Iterable[tuple[Tensor, Planned]]) -> list[Piece]:
     return [Piece(tensor=t, item=item, start=a, stop=b) for t, item in pairs for a, b in cuts(t)]
 
 
-def pack(piece: Piece, dtype: str) -> dict[str, np.ndarray]:
-    """A piece's stored rows as raw integers, by tensor name; what is not packed is cast to `dtype`.
+def pack(piece: Piece, raw: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
+    """What is stored for a piece and its raw rows, by tensor name, raw again; what is not packed is cast to `dtype`.
 
     Errors: CheckpointError for NaN or infinity, in the source or because `dtype` cannot hold a value.
     """
-    raw = read_rows(piece.tensor, piece.start, piece.stop)
     cast = raw
     if piece.tensor.dtype != dtype:
         converted = as_array(raw, piece.tensor.dtype).astype(quantize.DTYPES[dtype])
@@ -284,7 +283,8 @@ def _write_shards(plan: Conversion, folder: Path, progress: Progress) -> None:
                 stream.truncate(shard.size)
 
                 def write(piece: Piece, shard: Shard = shard, file: int = stream.fileno()) -> Piece:
-                    for name, rows in pack(piece, dtype).items():
+                    raw = read_rows(piece.tensor, piece.start, piece.stop)
+                    for name, rows in pack(piece, raw, dtype).items():
                         write_at(file, rows.data.cast("B"), shard.slots[name].start + piece.start * rows[0].nbytes)
                     return piece
 
@@ -303,9 +303,9 @@ def _is_finished(file: Path, shard: Shard) -> bool:
 
 @contextmanager
 def workers() -> Iterator[ThreadPoolExecutor]:
-    """Two threads per core, so that one reads while another computes; MLX keeps no freed buffers, so memory stays at
-    what the pieces need."""
-    before = mx.set_cache_limit(0)
+    """Two threads per core, so that one reads while another computes; MLX keeps few freed buffers, so memory stays
+    at what the pieces need."""
+    before = mx.set_cache_limit(16 * PIECE)
     pool = ThreadPoolExecutor(min(2 * (os.cpu_count() or 1), 16))
     try:
         yield pool

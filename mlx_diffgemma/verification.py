@@ -82,7 +82,8 @@ def _as_stored(source: quantize.Source, pack_of: Checkpoint, dtype: str) -> Plan
 
 def _check(piece: Piece, pack_of: Checkpoint, dtype: str) -> tuple[Piece, float, float]:
     """Compare one piece byte for byte, and return its squared error and squared weight."""
-    made = pack(piece, dtype)
+    raw = read_rows(piece.tensor, piece.start, piece.stop)
+    made = pack(piece, raw, dtype)
     found = {name: read_rows(pack_of.tensors[name], piece.start, piece.stop) for name in made}
     for name, rows in made.items():
         if not np.array_equal(rows, found[name]):
@@ -98,7 +99,7 @@ def _check(piece: Piece, pack_of: Checkpoint, dtype: str) -> tuple[Piece, float,
     else:
         named = {name.removeprefix(f"{path}."): array for name, array in parts.items()}
         stored = quantize.dequantize(named, how, quantize.DTYPES[dtype])
-    original = as_array(read_rows(piece.tensor, piece.start, piece.stop), piece.tensor.dtype).astype(mx.float32)
+    original = as_array(raw, piece.tensor.dtype).astype(mx.float32)
     error, weight = mx.square(stored.astype(mx.float32) - original).sum(), mx.square(original).sum()
     with device():
         mx.eval(error, weight)
