@@ -305,7 +305,7 @@ def _is_finished(file: Path, shard: Shard) -> bool:
 def workers() -> Iterator[ThreadPoolExecutor]:
     """Two threads per core, so that one reads while another computes; MLX keeps few freed buffers, so memory stays
     at what the pieces need."""
-    before = mx.set_cache_limit(16 * PIECE)
+    before = mx.set_cache_limit(64 * PIECE)
     pool = ThreadPoolExecutor(min(2 * (os.cpu_count() or 1), 16))
     try:
         yield pool
