@@ -190,6 +190,13 @@ def test_an_empty_text_is_still_a_turn(model: DiffusionGemma) -> None:
     assert one(model.generate("", seed=1)).stats.prompt_tokens > 0
 
 
+def test_a_canvas_of_special_tokens_is_an_empty_text(model: DiffusionGemma) -> None:
+    row = CanvasRow(
+        ids=(small.BOS, 3, small.BOS), steps=1, settled=True, mean_entropy=0.0, accepted_per_step=(3,), reason="length"
+    )
+    assert _Answer(model.tokenizer, [2]).add(row) == ("", "")
+
+
 def test_max_tokens_one(model: DiffusionGemma) -> None:
     result = one(model.generate("Hi", seed=1, max_tokens=1))
     assert len(result.tokens) == 1 and result.finish_reason == "length"
