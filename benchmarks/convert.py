@@ -3,9 +3,10 @@
     python -m benchmarks.convert FOLDER [--content sparse|random] [--layers 30] [--out FILE]
 
 The checkpoint has the released layout: 51.6 GB in 11 shards; `sparse` holds zeros and takes no disk, `random` takes
-all of it (fewer layers take less). Both make the 4-bit pack with an 8-bit trunk, one after the other; each pack is
-deleted before the next is made. The checkpoint has no tokenizer, so mlx-vlm is handed an empty processor. FOLDER needs
-room for the checkpoint and one pack. `processor_s` is the time that all cores together spent on it.
+all of it (fewer layers take less; mlx-vlm wants multiples of 6). Both make the 4-bit pack with an 8-bit trunk, one
+after the other; each pack is deleted before the next is made. The checkpoint has no tokenizer, so mlx-vlm is handed
+an empty processor. FOLDER needs room for the checkpoint and one pack. `processor_s` is the time that all cores
+together spent on it.
 """
 
 import argparse
