@@ -218,6 +218,10 @@ def _layers(text: dict[str, Any]) -> tuple[LayerConfig, ...]:
     return tuple(layers)
 
 
+# Sampling keys of autoregressive models, and the values at which they do nothing.
+_UNUSED = {"top_k": (0, 50), "top_p": (1.0,), "min_p": (0.0,), "temperature": (1.0,), "repetition_penalty": (1.0,)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """How to generate. The defaults are transformers' (DiffusionGemmaGenerationConfig), the checkpoint's
@@ -284,8 +288,8 @@ class GenerationConfig:
             )
         if sampler.get("entropy_bound") is not None:
             options["entropy_bound"] = sampler["entropy_bound"]
-        for key in ("top_k", "top_p", "min_p", "temperature", "repetition_penalty"):
-            if values.get(key) not in (None, 1.0, 1, 0, 50 if key == "top_k" else None):
+        for key, at_rest in _UNUSED.items():
+            if values.get(key) is not None and values[key] not in at_rest:
                 raise ConfigError(f"generation_config.json sets {key} = {values[key]}, which this model does not use.")
         ids = dict.fromkeys((*_ids(values.get("eos_token_id")), *stop_ids))
         if ids:

@@ -272,3 +272,15 @@ def test_rows_are_what_was_committed(network: Network) -> None:
                 assert best is not None
                 assert isinstance(event.rows[0], CanvasRow)
                 assert list(event.rows[0].ids) == np.array(best)[0].tolist()
+
+
+def test_a_generation_config_that_asks_for_another_sampler_is_refused() -> None:
+    """transformers writes autoregressive keys at rest; a value that would do something is an error."""
+    GenerationConfig.from_dict({"top_k": 50, "top_p": 1.0, "temperature": None, "max_new_tokens": 7})
+    for values, message in (
+        ({"top_k": 10}, "sets top_k = 10"),
+        ({"temperature": 0.7}, "sets temperature = 0.7"),
+        ({"sampler_config": {"_cls_name": "Other"}}, "asks for the sampler 'Other'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            GenerationConfig.from_dict(values)
