@@ -5,8 +5,10 @@ are kept about a running maximum, as in flash attention: the hidden states are t
 the keys (the head's logits) and the values (the soft embedding).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import zip_longest
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +16,7 @@ import mlx.nn as nn
 
 TILE = 8_192  # ids per tile
 BLOCK = 256  # ids per entry of the first stage of sampling
+STREAMS = tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(2))  # see _lanes
 LOWEST = -1e30  # stands for −∞ where ∞ − ∞ would be NaN
 HALF_UNIT = {mx.float32: 2**-25, mx.bfloat16: 2**-9, mx.float16: 2**-12}  # relative, just below 1
 
@@ -83,7 +86,7 @@ def read(
     draws: mx.array | None,
     *,
     with_signal: bool = True,
-    tile: int = TILE,
+    tile: int | None = None,
 ) -> Reading:
     """Hidden states [B, L, H] and one uniform draw in [0, 1) per position → Reading.
 
@@ -91,15 +94,15 @@ def read(
     draw, one random number instead of V. Without `draws` the guess is the best token.
     """
     x = hidden.flatten(0, 1)  # [N, H]
-    walk = _walk(x, table, shape, tile, with_signal)
-    guess = walk.best if draws is None else _invert(walk, x, table, shape, draws.flatten())
+    sums = _walk(x, table, shape, tile, with_signal)
+    guess = sums.best if draws is None else _invert(sums, x, table, shape, draws.flatten())
     grid = hidden.shape[:2]
     return Reading(
-        best=walk.best.reshape(grid),
+        best=sums.best.reshape(grid),
         guess=guess.reshape(grid),
-        entropy=walk.entropy().reshape(grid),
-        tail=((walk.mass - 1) / walk.mass).reshape(grid),
-        signal=walk.signal().reshape(*grid, -1) if with_signal else None,
+        entropy=sums.entropy().reshape(grid),
+        tail=((sums.mass - 1) / sums.mass).reshape(grid),
+        signal=sums.signal().reshape(*grid, -1) if with_signal else None,
     )
 
 
@@ -113,7 +116,7 @@ def soft_rows(reading: Reading, table: Table) -> mx.array:
 
 
 def sparse_signal(
-    hidden: mx.array, table: Table, shape: Shape, best: mx.array, rows: mx.array, *, tile: int = TILE
+    hidden: mx.array, table: Table, shape: Shape, best: mx.array, rows: mx.array, *, tile: int | None = None
 ) -> mx.array:
     """The signal [B, L, H] with the full product for the flat positions `rows` alone; the others are one token."""
     signal = scaled(table(best)).flatten(0, 1)
@@ -123,18 +126,31 @@ def sparse_signal(
     return signal.reshape(hidden.shape)
 
 
-def _walk(x: mx.array, table: Table, shape: Shape, tile: int, with_signal: bool) -> "_Walk":
-    """Add up all tiles for x [N, H]."""
-    walk = _Walk(x, table)
-    for ids in _tiles(table.weight.shape[0], tile):
-        # One tile after the other: MLX would else compute every tile's logits first, and hold them all.
-        after = mx.depends(x, walk.state)
-        logits = shape(_scores(after, table, ids), mx.arange(ids.start, ids.stop))
-        before = walk.maximum
-        weight = walk.add(logits, ids.start)
-        if with_signal:
-            walk.add_soft(logits, weight, before, lambda p, ids=ids: _mix(p, table, ids))
-    return walk
+def _walk(x: mx.array, table: Table, shape: Shape, tile: int | None, with_signal: bool) -> "_Sums":
+    """The sums over the whole table for x [N, H], tile after tile; of several streams each walks its part of the
+    table, in step with the others."""
+    tiles = list(_tiles(table.weight.shape[0], tile or TILE))
+    lanes = _lanes(len(tiles))
+    each = -(-len(tiles) // len(lanes))
+    parts = [tiles[i * each : (i + 1) * each] for i in range(len(lanes))]
+    sums: list[_Sums | None] = [None] * len(lanes)
+    for round_ in zip_longest(*parts):
+        # Wait for the round before: MLX would else compute every tile's logits first, and hold them all.
+        before = [array for part in sums if part is not None for array in part.state]
+        for i, (ids, stream) in enumerate(zip(round_, lanes, strict=True)):
+            if ids is not None:
+                with mx.stream(stream):
+                    after = mx.depends(x, before) if before else x
+                    logits = shape(_scores(after, table, ids), mx.arange(ids.start, ids.stop))
+                    new, old = _Sums.of(logits, table, ids, with_signal), sums[i]
+                    sums[i] = new if old is None else old.join(new)
+    return reduce(_Sums.join, filter(None, sums))
+
+
+def _lanes(tiles: int) -> Sequence[mx.Stream | mx.ThreadLocalStream]:
+    """The streams that share the tiles: a CPU stream is one thread, a GPU works on everything at once."""
+    device = mx.default_device()
+    return STREAMS if device.type == mx.cpu and tiles >= len(STREAMS) else [mx.default_stream(device)]
 
 
 def _tiles(vocabulary: int, tile: int) -> Iterator[slice]:
@@ -148,77 +164,97 @@ def _block(vocabulary: int) -> int:
     return next(b for b in range(min(BLOCK, vocabulary), 0, -1) if vocabulary % b == 0)
 
 
-class _Walk:
-    """Running sums over the tiles, for N positions, about the maximum seen so far.
+@dataclass(frozen=True, kw_only=True)
+class _Sums:
+    """Sums over a run of ids, for N positions, about the run's largest logit.
 
     With w = exp(logit − maximum): `mass` = Σ w, `slope` = Σ w · (logit − maximum), so that the entropy is
     log mass − slope / mass. `soft_mass` and `soft` belong to the signal, whose logits are rounded to the
-    table's dtype.
+    table's dtype; without signal they are None.
     """
 
-    def __init__(self, x: mx.array, table: Table):
-        positions, hidden_size = x.shape
-        self.dtype = table_dtype(table)
-        self.block = _block(table.weight.shape[0])
-        self.maximum = mx.full((positions,), LOWEST)
-        self.best = mx.zeros((positions,), mx.int32)
-        self.mass = mx.zeros((positions,))
-        self.slope = mx.zeros((positions,))
-        self.soft_mass = mx.zeros((positions,))
-        self.soft = mx.zeros((positions, hidden_size))
-        self.blocks: list[tuple[mx.array, mx.array]] = []  # per tile: mass per block [N, n], and its maximum [N]
+    dtype: mx.Dtype  # the table's
+    maximum: mx.array  # [N]
+    best: mx.array  # [N] int32
+    mass: mx.array  # [N]
+    slope: mx.array  # [N]
+    soft_mass: mx.array | None  # [N]
+    soft: mx.array | None  # [N, H]
+    blocks: tuple[tuple[mx.array, mx.array], ...]  # per tile: mass per block [N, n], and its maximum [N]
 
-    def add(self, logits: mx.array, start: int) -> mx.array:
-        """One tile of shaped logits [N, n], whose first id is `start`; returns its weights."""
-        top = logits.max(axis=-1)
-        maximum = mx.maximum(self.maximum, top)
-        self.best = mx.where(top > self.maximum, start + logits.argmax(axis=-1).astype(mx.int32), self.best)
-        shift = self.maximum - maximum
-        shrink = mx.exp(shift)
+    @classmethod
+    def of(cls, logits: mx.array, table: Table, ids: slice, with_signal: bool) -> "_Sums":
+        """One tile of shaped logits [N, n]."""
+        maximum = logits.max(axis=-1)
         above = logits - maximum[:, None]
         weight = mx.exp(above)
-        blocks = weight.reshape(weight.shape[0], -1, self.block).sum(axis=-1)
-        self.slope = shrink * (self.slope + self.mass * shift) + (weight * above).sum(axis=-1)
-        self.mass = shrink * self.mass + blocks.sum(axis=-1)
-        self.blocks.append((blocks, maximum))
-        self.maximum = maximum
-        return weight
+        slope = (weight * above).sum(axis=-1)
+        blocks = weight.reshape(len(weight), -1, _block(table.weight.shape[0])).sum(axis=-1)
+        dtype, soft_mass, soft = table_dtype(table), None, None
+        if with_signal:
+            if dtype != mx.float32:
+                weight = mx.exp(_rounded(logits, dtype) - _rounded(maximum, dtype)[:, None])
+            soft_mass, soft = weight.sum(axis=-1), _mix(weight.astype(dtype), table, ids).astype(mx.float32)
+        return cls(
+            dtype=dtype,
+            maximum=maximum,
+            best=ids.start + logits.argmax(axis=-1).astype(mx.int32),
+            mass=blocks.sum(axis=-1),
+            slope=slope,
+            soft_mass=soft_mass,
+            soft=soft,
+            blocks=((blocks, maximum),),
+        )
 
-    def add_soft(
-        self, logits: mx.array, weight: mx.array, before: mx.array, mix: Callable[[mx.array], mx.array]
-    ) -> None:
-        """The tile's share of the signal. `before` is the maximum without it; `mix` multiplies by its rows."""
-        shrink = mx.exp(before - self.maximum)
-        if self.dtype != mx.float32:
-            rounded = self._round(self.maximum)
-            shrink = mx.exp(self._round(before) - rounded)
-            weight = mx.exp(self._round(logits) - rounded[:, None])
-        self.soft_mass = shrink * self.soft_mass + weight.sum(axis=-1)
-        self.soft = shrink[:, None] * self.soft + mix(weight.astype(self.dtype)).astype(mx.float32)
+    def join(self, later: "_Sums") -> "_Sums":
+        """The sums over both runs; the ids of `later` come after."""
+        maximum = mx.maximum(self.maximum, later.maximum)
+        a, b = self._about(maximum), later._about(maximum)
+        return replace(
+            a,
+            best=mx.where(later.maximum > self.maximum, b.best, a.best),
+            mass=a.mass + b.mass,
+            slope=a.slope + b.slope,
+            soft_mass=None if a.soft_mass is None or b.soft_mass is None else a.soft_mass + b.soft_mass,
+            soft=None if a.soft is None or b.soft is None else a.soft + b.soft,
+            blocks=a.blocks + b.blocks,
+        )
+
+    def _about(self, maximum: mx.array) -> "_Sums":
+        """The same sums about a larger maximum."""
+        shift = self.maximum - maximum
+        shrink = mx.exp(shift)
+        soft_shrink = mx.exp(_rounded(self.maximum, self.dtype) - _rounded(maximum, self.dtype))
+        return replace(
+            self,
+            maximum=maximum,
+            mass=shrink * self.mass,
+            slope=shrink * (self.slope + self.mass * shift),
+            soft_mass=None if self.soft_mass is None else soft_shrink * self.soft_mass,
+            soft=None if self.soft is None else soft_shrink[:, None] * self.soft,
+        )
 
     @property
     def state(self) -> list[mx.array]:
-        """The running sums."""
-        return [self.maximum, self.best, self.mass, self.slope, self.soft_mass, self.soft]
-
-    def _round(self, x: mx.array) -> mx.array:
-        return x.astype(self.dtype).astype(mx.float32)
+        """What the next tile waits for."""
+        return [a for a in (self.maximum, self.best, self.mass, self.slope, self.soft_mass, self.soft) if a is not None]
 
     def entropy(self) -> mx.array:
         return mx.log(self.mass) - self.slope / self.mass
 
     def signal(self) -> mx.array:
+        assert self.soft is not None and self.soft_mass is not None  # only asked of sums made with a signal
         return scaled((self.soft / self.soft_mass[:, None]).astype(self.dtype))
 
     def block_masses(self) -> mx.array:
-        """Mass of every block of the vocabulary, [N, V / block], all about the last maximum."""
+        """Mass of every block of the vocabulary, [N, V / block], all about the maximum."""
         return mx.concatenate([w * mx.exp(m - self.maximum)[:, None] for w, m in self.blocks], axis=-1)
 
 
-def _invert(walk: _Walk, x: mx.array, table: Table, shape: Shape, draws: mx.array) -> mx.array:
+def _invert(sums: _Sums, x: mx.array, table: Table, shape: Shape, draws: mx.array) -> mx.array:
     """The id at which the cumulative distribution passes the draw: first its block, then the id inside it."""
-    size = walk.block
-    block, inside = _pass(walk.block_masses(), draws)
+    size = _block(table.weight.shape[0])
+    block, inside = _pass(sums.block_masses(), draws)
     ids = block[:, None] * size + mx.arange(size)  # [N, size]
     logits = shape(_block_scores(x, table, block, size), ids)
     offset, _ = _pass(mx.exp(logits - logits.max(axis=-1, keepdims=True)), inside)
@@ -240,6 +276,11 @@ def _last(masses: mx.array) -> mx.array:
     """The last entry with mass, per row."""
     count = mx.arange(masses.shape[1])
     return mx.where(masses > 0, count, 0).max(axis=-1)
+
+
+def _rounded(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """To a dtype's precision, in float32."""
+    return x.astype(dtype).astype(mx.float32)
 
 
 def _scores(x: mx.array, table: Table, ids: slice) -> mx.array:
