@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,14 @@ PROMPTS = {
     "long": (PASSAGE * 90 + "\n\nWhat does the keeper write down, and how often? Answer in one sentence.", 64),
 }
 SEED = 1234
+WITHOUT = {  # exact ideas that can be left out for comparison, and what takes their place
+    "tiles": "all of the vocabulary's logits at once",
+    "streams": "the tiles on one CPU stream; nothing changes on a GPU",
+    "sparse-signal": "the signal's full product for every position",
+    "in-place": "the prefix copied in front of the canvas's keys and values in every layer",
+    "pieces": "attention over the whole prefix at once, under whole masks",
+    "sorted-experts": "the experts' rows in the order of the tokens",
+}
 FIGURES = {  # key → what it is called in a table
     "seconds_to_first_canvas": "first canvas, s",
     "prefill_tokens_per_second": "prefill, tokens/s",
@@ -46,12 +55,16 @@ FIGURES = {  # key → what it is called in a table
 @model_options
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs of each prompt.")
 @click.option("--only", type=click.Choice(list(PROMPTS)), multiple=True, help="Run this prompt; may be repeated.")
+@click.option(
+    "--without", type=click.Choice(list(WITHOUT)), multiple=True, help="Leave out an exact idea; may be repeated."
+)
 @click.option("--output", metavar="FILE", default="bench.json", show_default=True, help="Where the figures go.")
 @click.option("--compare", nargs=2, metavar="A.json B.json", help="Measure nothing: print two files side by side.")
 def main(
     source: dict[str, Any],
     repeat: int,
     only: tuple[str, ...],
+    without: tuple[str, ...],
     output: str,
     compare: tuple[str, str] | None,
 ) -> None:
@@ -66,15 +79,50 @@ def main(
     loaded = open_model(source)
     about = machine() | describe(loaded, source.get("model")) | {"load_seconds": time.perf_counter() - begun}
     found: dict[str, Any] = {}
-    for name in only or PROMPTS:
-        try:
-            found[name] = measure(loaded, *PROMPTS[name], repeat)
-        except PromptError as error:  # a prompt longer than a small model's context
-            found[name] = {"left_out": str(error)}
-    report = about | {"prompts": found}
+    with plain(*without):
+        for name in only or PROMPTS:
+            try:
+                found[name] = measure(loaded, *PROMPTS[name], repeat)
+            except PromptError as error:  # a prompt longer than a small model's context
+                found[name] = {"left_out": str(error)}
+    report = about | {"without": list(without), "prompts": found}
     target.write_text(json.dumps(report, indent=1) + "\n")
     _table(report)
     click.echo(f"Written to {output}. To compare: mlx_diffgemma.bench --compare {output} OTHER.json")
+
+
+@contextmanager
+def plain(*without: str) -> Iterator[None]:
+    """Leave out these ideas of WITHOUT, for as long as the context lasts. The same tokens come out."""
+    import mlx.core as mx
+
+    from . import cache, layers, masks, vocabulary
+
+    def look(self: cache.LayerCache, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if self.keys is None or self.values is None:
+            return keys, values
+        prefix = slice(None), slice(None), slice(self.length)
+        return mx.concatenate([self.keys[prefix], keys], 2), mx.concatenate([self.values[prefix], values], 2)
+
+    pieces = masks.Window.pieces
+    many = 1 << 62
+    changes: dict[str, list[tuple[Any, str, Any]]] = {
+        "tiles": [(vocabulary, "TILE", many)],
+        "streams": [(vocabulary, "STREAMS", vocabulary.STREAMS[:1])],
+        "sparse-signal": [(vocabulary, "soft_rows", lambda reading, table: mx.ones(reading.tail.shape, mx.bool_))],
+        "in-place": [(cache.LayerCache, "look", look)],
+        "pieces": [(layers, "SCORES", many), (masks.Window, "pieces", lambda self, step: pieces(self, self.length))],
+        "sorted-experts": [(layers, "SORT_FROM", many)],
+    }
+    chosen = [change for name in without for change in changes[name]]
+    before = [(owner, attribute, getattr(owner, attribute)) for owner, attribute, _ in chosen]
+    try:
+        for owner, attribute, value in chosen:
+            setattr(owner, attribute, value)
+        yield
+    finally:
+        for owner, attribute, value in before:
+            setattr(owner, attribute, value)
 
 
 def measure(model: "DiffusionGemma", prompt: str, tokens: int, repeat: int) -> dict[str, Any]:
@@ -165,7 +213,9 @@ def _table(*reports: dict[str, Any], names: tuple[str, ...] = ("",)) -> None:
 
     table = Table("prompt", "figure")
     for report, name in zip(reports, names, strict=True):
-        table.add_column(f"{name}\n{report['chip']}\n{report['model']} {report['recipe']}".strip(), justify="right")
+        left_out = "".join(f"\nwithout {idea}" for idea in report.get("without", ()))
+        title = f"{name}\n{report['chip']}\n{report['model']} {report['recipe']}{left_out}"
+        table.add_column(title.strip(), justify="right")
     if len(reports) == 2:
         table.add_column("B / A", justify="right")
     for row in _rows(reports):

@@ -240,8 +240,9 @@ def test_chat_remembers_forgets_and_saves(model: str, tmp_path: Path) -> None:
 
 def test_bench_measures_writes_and_compares(model: str, tmp_path: Path) -> None:
     files = [str(tmp_path / name) for name in ("a.json", "b.json")]
-    for file in files:
-        result = run("bench", "--model", model, "--repeat", "1", "--only", "fact", "--only", "long", "--output", file)
+    asked = ("bench", "--model", model, "--repeat", "1", "--only", "fact", "--only", "long")
+    for file, without in zip(files, [(), ("--without", "tiles", "--without", "in-place")], strict=True):
+        result = run(*asked, *without, "--output", file)
         assert result.exit_code == 0, result.output
     report = json.loads(Path(files[0]).read_text())
     assert {"chip", "memory_bytes", "system", "mlx", "recipe", "weight_bytes", "load_seconds"} <= report.keys()
@@ -250,7 +251,7 @@ def test_bench_measures_writes_and_compares(model: str, tmp_path: Path) -> None:
     assert fact["seconds_to_first_canvas"] < fact["runs"][0]["seconds"] + 1e-9
     assert "512" in report["prompts"]["long"]["left_out"]  # the small model's context
     result = run("bench", "--compare", *files)
-    assert result.exit_code == 0 and "B / A" in result.stdout
+    assert result.exit_code == 0 and "B / A" in result.stdout and "without in-place" in result.stdout
 
 
 def test_a_run_is_repeated_from_its_saved_noise(model: str, tmp_path: Path) -> None:
