@@ -1,21 +1,17 @@
 """Score a model on the built-in model's held-out tasks: exact answers, settled canvases, steps.
 
-    python benchmarks/demo_score.py [--model FOLDER] [--adapter FOLDER] [--count 60] [--seeds 0,1,2] [--json FILE]
+    python -m benchmarks.demo_score [--model FOLDER] [--adapter FOLDER] [--count 60] [--seeds 0,1,2] [--json FILE]
 
 An answer counts when it is the one right answer, letter by letter. Default sampler; every seed draws other noise.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import train_demo
-
+from benchmarks import train_demo
 from mlx_diffgemma import load
 from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.train import builtin

@@ -1,8 +1,8 @@
 """The built-in model's data and recipe: everything `mlx_diffgemma/demo/` was made from, from a seed.
 
-    python benchmarks/train_demo.py data build/demo       tokenizer, config and JSONL data
-    python benchmarks/train_demo.py train build/demo      the training command, stage by stage
-    python benchmarks/train_demo.py curve build/demo      docs/training_curve.svg from the logs
+    python -m benchmarks.train_demo data build/demo       tokenizer, config and JSONL data
+    python -m benchmarks.train_demo train build/demo      the training command, stage by stage
+    python -m benchmarks.train_demo curve build/demo      docs/training_curve.svg from the logs
 
 The model speaks a toy language of a few hundred words. It knows five tasks, asked in plain English: 6×6 Sudoku,
 records → JSON, JSON → Markdown table, sorting names, and filling in a template. Sorting numbers and adding in
@@ -432,6 +432,13 @@ STAGES = (
         3_500,
         HELD_OUT_GIVENS,
         {"warmup": 10, "final_rate": 0.01},
+    ),
+    Stage(
+        900,
+        {"sort names": 10_400, "json": 3_000, "table": 2_900, "template": 2_900},
+        9_600,
+        HELD_OUT_GIVENS,
+        {"warmup": 20, "learning_rate": 1.5e-3, "final_rate": 0.01},
     ),
 )
 
