@@ -18,11 +18,12 @@ from mlx_diffgemma import __version__
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "mlx_diffgemma" / "demo"
-PROMPTS = (  # what the built-in model was trained to answer
+PROMPTS = (  # one of each task that the built-in model was trained for
     "Sort these names:\nZoe, Ada, Kim, Ben, Olga",
     'Make a Markdown table:\n{"name": "Ada", "age": 31}\n{"name": "Ben", "age": 42}',
     "Write this as JSON:\nname: Cleo\ncity: Oslo\nage: 27",
-    "Add these numbers:\n  1234\n+ 5678",
+    "Fill in the template:\nDear {name}, your {item} will be ready on {day}.\nitem: kite\nname: Tara\nday: Friday",
+    "Solve this Sudoku:\n632 ..4\n51. 3..\n32. .41\n.51 632\n.43 265\n.65 4..",
 )
 PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "transformers", "torch", "numpy")
 

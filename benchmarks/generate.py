@@ -337,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=common.DEMO, help="a checkpoint folder (default: the built-in)")
-    parser.add_argument("--prompt", action="append", help="may be repeated (default: four tasks of the built-in model)")
+    parser.add_argument("--prompt", action="append", help="may be repeated (default: the built-in model's five tasks)")
     parser.add_argument("--scaled", type=int, nargs=3, metavar=("HIDDEN", "LAYERS", "EXPERTS"), help="random weights")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="of random ids, with --scaled")
     parser.add_argument("--max-tokens", type=int, help="default: the checkpoint's")

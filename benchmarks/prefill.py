@@ -17,24 +17,14 @@ import numpy as np
 from mlx_vlm.models.diffusion_gemma import Model as PeerModel
 
 from benchmarks import common
-from benchmarks.step import config, our_network, peer_model
+from benchmarks.step import Arrays, config, keys_and_values, our_network, peer_model
 from mlx_diffgemma.network import Network
 
 CHUNK = 2048
 
 
-def prefix_of(network: Network, length: int) -> list[tuple[mx.array, mx.array]]:
-    """Random keys and values of `length` positions for every layer."""
-    arrays = []
-    for number, layer in enumerate(network.config.layers):
-        shape = (1, layer.num_kv_heads, length, layer.head_dim)
-        keys, values = (mx.random.normal(shape, key=mx.random.key(2 * number + i)) for i in (0, 1))
-        arrays.append((keys, values))
-    return arrays
-
-
-def ours(network: Network, prefix: list[tuple[mx.array, mx.array]], length: int, chunk: mx.array) -> mx.array:
-    """Our chunk behind a prefix of `length`; returns the growth of memory's peak, in bytes, and the time in seconds."""
+def ours(network: Network, prefix: Arrays, length: int, chunk: mx.array) -> tuple[float, int]:
+    """Our chunk behind a prefix of `length`; returns seconds, and bytes by which memory's peak rose."""
     cache = network.make_cache()
     cache.reserve(length + chunk.shape[1])
     if length:
@@ -45,7 +35,7 @@ def ours(network: Network, prefix: list[tuple[mx.array, mx.array]], length: int,
     return measured(lambda: (network.encode(chunk, cache), mx.eval(cache.state)))
 
 
-def theirs(model: PeerModel, prefix: list[tuple[mx.array, mx.array]], length: int, chunk: mx.array) -> Any:
+def theirs(model: PeerModel, prefix: Arrays, length: int, chunk: mx.array) -> tuple[float, int]:
     """mlx-vlm's chunk, as its chunked prefill runs it."""
     caches = model.make_cache()
     if length:
@@ -90,7 +80,7 @@ def main() -> None:
     for length in arguments.length:
         size = min(CHUNK, length)
         chunk = mx.random.randint(0, arguments.vocabulary, (1, size), key=mx.random.key(0))
-        prefix = prefix_of(network, length - size) if length > size else []
+        prefix = keys_and_values(network, length - size) if length > size else []
         sides: dict[str, list[tuple[float, int]]] = {"ours": [], "mlx-vlm": []}
         for _ in range(arguments.runs):
             sides["ours"].append(ours(network, prefix, length - size, chunk))

@@ -3,8 +3,8 @@
     python -m benchmarks.roofline                           all tables, for the released model in q4
     python -m benchmarks.roofline --recipe q8 --prefix 32768
     python -m benchmarks.roofline --tflops 989 --bandwidth 4800      another machine than a Mac
-    python -m benchmarks.roofline --readme README.md        put the table of Macs between the markers of README.md
 
+README has a shorter table of Macs (benchmarks/readme.py writes it).
 The bound of a part is the larger of arithmetic ÷ peak and bytes ÷ bandwidth, the bound of a step their sum: each part
 needs the result of the one before it. It is a bound, not a forecast. What published programs reach of it, the
 *efficiency*, is fitted on one measurement per class of GPU and checked on all others (macs.toml); forecasts that use
@@ -26,7 +26,6 @@ from mlx_diffgemma.convert import load_recipe, recipe_names
 
 RELEASED = common.ROOT / "tests" / "data" / "released" / "config.json"
 MACS = Path(__file__).with_name("macs.toml")
-BEGIN, END = "<!-- roofline:begin -->", "<!-- roofline:end -->"
 ITEM = 2  # bytes of a key, a value, an activation
 CHUNK = 2048  # prompt tokens read at a time
 BY_QUALITY = ("q8", "q6", "q4")  # more bits settle in fewer steps; bf16 was never found better than q8
@@ -349,28 +348,52 @@ def _speed(model: Model, chip: Chip, efficiency: float) -> list[str]:
     return [f"{model.recipe}: {least:.0f}, {least / efficiency:.0f}", f"{rates[0]:.0f}, {rates[1]:.0f}"]
 
 
-def readme_section(macs: Macs, models: dict[str, Model]) -> str:
-    """The table of Macs with the words it needs."""
+README_MACS = (  # chip, and GB of memory
+    ("M1 Max", 64),
+    ("M2 Pro", 32),
+    ("M2 Ultra", 64),
+    ("M3 Pro", 36),
+    ("M3 Max, 40 cores", 64),
+    ("M3 Ultra", 96),
+    ("M4", 32),
+    ("M4 Pro", 48),
+    ("M4 Max, 40 cores", 64),
+    ("M5", 32),
+    ("M5 Pro", 48),
+    ("M5 Max, 40 cores", 64),
+)
+README_HEADER = ["Mac", "memory", "recipe", "s a step", "tokens/s"]
+README_STEPS = (15, 12)  # of a canvas, as is typical
+
+
+def readme_rows(macs: Macs, models: dict[str, Model]) -> list[list[object]]:
+    """The short table of Macs: what fits as macOS comes (`*`: after raising the limit), and its likely speed."""
+    efficiencies = macs.efficiencies(models)
+    needs = {n: quantize.memory_needed(models[n].config, models[n].weight_bytes, TABLE_PREFIX) for n in BY_QUALITY}
+    rows: list[list[object]] = []
+    for name, memory in README_MACS:
+        chip, recipe = macs.chips[name], choose(memory, needs) or ""
+        model, efficiency = models[recipe.rstrip("*")], efficiencies[chip.calibration]
+        seconds = bound(step(model, prefix=1024), chip) / efficiency
+        slow, fast = (tokens_per_second(model, chip, steps) * efficiency for steps in README_STEPS)
+        rows.append([name, f"{memory} GB", f"`{recipe}`", f"{seconds:.2f}", f"{slow:.0f} – {fast:.0f}"])
+    return rows
+
+
+def readme_section() -> str:
+    """The short table of Macs with the words it needs."""
+    macs, released = Macs.read(), ModelConfig.from_dict(read_json(RELEASED))
+    names = dict.fromkeys((*BY_QUALITY, *(m.recipe for m in macs.measurements)))
+    models = {name: Model.of(released, name) for name in names}
     errors = sorted(abs(c["error"]) for c in check(macs, models) if not c["fitted"])
-    shares = ", ".join(f"{share:.0%} on {name}" for name, share in macs.efficiencies(models).items())
-    notes = (
-        f"Recipe: the most bits that fit with {TABLE_PREFIX // 1024}K tokens of context; `*` after raising"
-        " `iogpu.wired_limit_mb`. Least: arithmetic and bytes at the chip's peak. Likely: at the share of it that"
-        f" programs for this model reached in published measurements, none of them ours: {shares}. That misses the"
-        f" {len(errors)} measurements it was not fitted on by {errors[len(errors) // 2]:.0%} (median), {errors[-1]:.0%}"
-        " at worst. Computed by `python -m benchmarks.roofline`."
+    few, many = sorted(README_STEPS)
+    note = (
+        f"The most bits that fit with {TABLE_PREFIX // 1024}K tokens of context (`*`: after raising the limit), and the"
+        f" speed at {few} to {many} steps a canvas:\na model of arithmetic and bandwidth, checked against"
+        f" {len(errors)} published measurements (median error {errors[len(errors) // 2]:.0%}), not measured here.\n"
+        "More: `python -m benchmarks.roofline`."
     )
-    return f"{common.table(mac_table(macs, models, TABLE_PREFIX), MAC_HEADER)}\n\n{notes}"
-
-
-def write_readme(file: Path, section: str) -> None:
-    """Replace what stands between the markers. Errors: SystemExit when they are not there."""
-    text = file.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{file} has no place for the table: add the lines {BEGIN} and {END}.")
-    file.write_text(f"{before}{begin}\n{section}\n{end}{after}", encoding="utf-8")
+    return f"{common.table(readme_rows(macs, models), README_HEADER)}\n\n{note}"
 
 
 # ----------------------------------------------------------------------------------------------------------- command
@@ -382,8 +405,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     macs = Macs.read()
     names = dict.fromkeys((options.recipe, *BY_QUALITY, *(m.recipe for m in macs.measurements)))
     models = {name: Model.of(config, name) for name in names}
-    if options.readme:
-        write_readme(options.readme, readme_section(macs, models))
     chip = macs.chips[options.chip]
     if options.tflops:
         chip = Chip(name="as given", tflops=options.tflops, bandwidth=options.bandwidth)
@@ -441,7 +462,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tflops", type=float, help="peak of another machine; needs --bandwidth")
     parser.add_argument("--bandwidth", type=float, help="its memory bandwidth, GB/s")
     parser.add_argument("--prefix", type=int, default=1024, help="tokens before the canvas")
-    parser.add_argument("--readme", type=Path, help="a Markdown file whose table of Macs to renew")
     parser.add_argument("--out", type=Path, help="write the JSON document there as well")
     options = parser.parse_args(arguments)
     if (options.tflops is None) != (options.bandwidth is None):

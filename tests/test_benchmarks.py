@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from benchmarks import common, generate, roofline, soak
-from mlx_diffgemma import quantize
+from benchmarks import common, generate, load, readme, roofline, soak, step
+from mlx_diffgemma import pipeline, quantize
 from mlx_diffgemma.checkpoint import load_network
 from mlx_diffgemma.config import GenerationConfig, LayerConfig, ModelConfig
 from mlx_diffgemma.network import Network
@@ -192,18 +192,13 @@ def test_published_measurements_confirm_bound_and_forecast(models: dict[str, roo
     assert errors[len(errors) // 2] < 0.15
 
 
-def test_the_readme_section_is_replaced_between_its_markers(tmp_path: Path, models: dict[str, roofline.Model]) -> None:
-    file = tmp_path / "README.md"
-    file.write_text(f"before\n{roofline.BEGIN}\nold\n{roofline.END}\nafter\n")
-    section = roofline.readme_section(roofline.Macs.read(), models)
-    roofline.write_readme(file, section)
-    roofline.write_readme(file, section)
-    assert file.read_text() == f"before\n{roofline.BEGIN}\n{section}\n{roofline.END}\nafter\n"
-    assert section.count("\n| M") == len(roofline.Macs.read().chips)
-    file.write_text("no place\n")
-    with pytest.raises(SystemExit, match="no place for the table"):
-        roofline.write_readme(file, section)
-    assert file.read_text() == "no place\n"
+def test_the_short_table_of_macs_says_how_far_to_trust_it() -> None:
+    section = roofline.readme_section()
+    assert section.count("\n| M") == len(roofline.README_MACS) <= 12
+    assert "`q4`" in section or "`q6`" in section
+    assert "12 to 15 steps" in section and "not measured here" in section
+    macs = roofline.Macs.read()
+    assert all(memory in macs.chips[name].memory for name, memory in roofline.README_MACS)
 
 
 # ------------------------------------------------------------------------------------------------------------ common
@@ -242,7 +237,7 @@ def _last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------- whole
 
 
-@pytest.mark.parametrize("benchmark", [roofline, soak, generate], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("benchmark", [roofline, soak, generate, step, load], ids=lambda module: module.__name__)
 def test_help(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         benchmark.main(["--help"])
@@ -273,6 +268,51 @@ def test_soak_sees_growth() -> None:
         after = dataclasses.replace(before, **{field: 5000})
         assert soak.grown(soak.compare([before] * 4 + [after] * 4, window=3), allowed=1000) == [field]
     assert soak.grown(soak.compare([before] * 6, window=3), allowed=0) == []
+
+
+def test_a_step_of_all_three(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--hidden", "32", "--layers", "2", "--experts", "8", "--vocabulary", "512", "--prefix", "40"]
+    step.main([*sizes, "--runs", "1", "--transformers", "--out", str(tmp_path / "step.json")])
+    document = _last_line(capsys)
+    assert document == json.loads((tmp_path / "step.json").read_text())
+    (result,) = document["results"]
+    assert result["hidden_difference"].keys() == {"mlx-vlm", "transformers"}
+    assert max(result["hidden_difference"].values()) < 1e-3
+    assert tuple(result["parts"]) == step.PARTS
+    assert result["parts"]["cache"]["memory"]["ours"] == 0  # written in place
+    assert result["parts"]["cache"]["memory"]["mlx-vlm"] > 0
+    compared = {name for name, part in result["parts"].items() if "transformers" in part["ratio"]}
+    assert compared == {"forward", "step"}
+    assert "step, against transformers" in readme.step(document)
+
+
+def test_a_projection_weighs_the_parts_by_their_shares(models: dict[str, roofline.Model]) -> None:
+    parts = {"forward": 0.9, "vocabulary": 0.4}
+    measured = {name: {"ratio": {"mlx-vlm": {"seconds": ratio}}} for name, ratio in parts.items()}
+    rows = {row["machine"]: row for row in step.projection({"prefix": 1024, "parts": measured})}
+    assert rows["M5 Max, measured by vmlx"]["ratio"] == pytest.approx(0.91 * 0.9 + 0.09 * 0.4)
+    work = {part.name: part for part in roofline.step(models["q4"], prefix=1024)}
+    chip = roofline.Macs.read().chips["M2 Ultra"]
+    least = {name: chip.seconds(part) for name, part in work.items()}
+    share = 1 - (least["head"] + least["signal"]) / sum(least.values())
+    assert rows["M2 Ultra, least time"]["forward_share"] == pytest.approx(share)
+    assert 0.6 < share < 0.8
+
+
+@pytest.mark.parametrize("side", load.SIDES)
+def test_a_load_in_parts(side: str, folder: Path) -> None:
+    figures = load.measure(side, folder)
+    assert figures.keys() == {"import", "model", "tokenizer", "load", "process", "peak_gb"}
+    assert 0 < figures["model"] + figures["tokenizer"] < figures["load"]
+    assert figures["import"] + figures["load"] < figures["process"]
+
+
+def test_a_made_pack_has_a_tokenizer_of_its_size(tmp_path: Path) -> None:
+    pack = load.make_pack(tmp_path, hidden=64, layers=2, experts=8, vocabulary=1024)
+    loaded = pipeline.load(pack)
+    assert loaded.config.vocab_size == loaded.tokenizer.vocab_size == 1024
+    assert loaded.tokenizer.decode(loaded.tokenizer.encode("ab cd")) == "ab cd"
+    assert len(loaded.tokenizer.encode("ab cd")) == 3  # the two merges, and the space
 
 
 def test_generate_runs_all_three(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,66 +1,79 @@
 """The README's code blocks do what they say, and its generated tables are what the code computes.
 
 What needs the 26B download runs on a small checkpoint with the released layout in its place: same commands, same
-options. `python -m tests.test_readme` writes the generated tables anew.
+options. `python -m benchmarks.readme` writes the generated tables anew.
 """
 
 import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from mlx_diffgemma import checkpoint, quantize
+from benchmarks import readme
 from mlx_diffgemma.cli import main
-from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.convert import load_recipe
 from tests import small
-from tests.synthetic import published
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [line.split("    #")[0] for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
-RECIPES = ("q8", "q6", "q4-bf16", "q4", "mxfp4", "q3", "q2")
 
 
-def table(name: str) -> tuple[int, int]:
-    """Where the generated section `name` begins and ends in README."""
-    begin = re.search(rf"<!-- {name}: begin.*?-->\n", README)
-    end = README.find(f"<!-- {name}: end -->")
-    assert begin and end >= begin.end()
-    return begin.end(), end
+def test_the_generated_tables_are_up_to_date() -> None:
+    """Also that a table of measurements stands there if, and only if, its results file does."""
+    for name, table in readme.blocks().items():
+        begin, end = readme.place(README, name)
+        assert README[begin:end] == table, f"{name}: run python -m benchmarks.readme"
 
 
-def recipes() -> str:
-    """What each recipe makes of the released shapes, and the smallest Mac for 4K and 128K tokens of prefix."""
-    config = ModelConfig.from_dict(published("released/config.json"))
-    rows = [
-        "| recipe | experts | the rest | GB | bits a weight | Mac, 4K prefix | Mac, 128K prefix |",
-        "|---" * 7 + "|",
+def test_a_table_of_measurements_comes_and_goes_with_its_file(tmp_path: Path) -> None:
+    text = written = "before\n<!-- step: begin -->\n<!-- step: end -->\nafter\n"
+    assert readme.blocks(tmp_path)["step"] == ""
+    (tmp_path / "step.json").write_text(json.dumps(measured()))
+    for _ in range(2):
+        written = readme.written(written, {"step": readme.blocks(tmp_path)["step"]})
+    assert [line.split() for line in written.splitlines()[2:8]] == [
+        "| part | prefix 64 | prefix 2,048 |".split(),
+        ["|", "-----------------------------", "|", "-----------", "|", "------------", "|"],
+        "| forward | 0.90 / 1.00 | 0.90 / 1.00 |".split(),
+        "| forward, against transformers | 0.90 / – | 0.90 / – |".split(),
+        "| vocabulary | 0.40 / 0.10 | 0.40 / 0.10 |".split(),
+        [],
     ]
-    for name in RECIPES:
-        sizes = quantize.sizes(recipe := load_recipe(name), quantize.plan(recipe, checkpoint.sources(config)))
-        whole = quantize.Size.sum(sizes.values())
-        text = whole.nbytes - sizes["vision"].nbytes
-        macs = [_macs(quantize.memory_needed(config, text, prefix)) for prefix in (4096, 131_072)]
-        label = f"`{name}`" + " (default)" * (name == "q4") + " (experimental)" * recipe.experimental
-        packing = (sizes["experts"].packing, sizes["attention"].packing)
-        rows.append(f"| {' | '.join((label, *packing))} | {whole.nbytes / 1e9:.1f} | {whole.bits_per_weight:.1f} |"
-                    f" {' | '.join(macs)} |")  # fmt: skip
-    return "\n".join(rows) + "\n"
+    assert "80% to 90% of a step, so the whole would take 0.80 to 0.85 of mlx-vlm's time" in written
+    (tmp_path / "step.json").unlink()
+    assert readme.written(written, {"step": readme.blocks(tmp_path)["step"]}) == text
 
 
-def _macs(needed: int) -> str:
-    normal, raised = quantize.smallest_macs(needed)
-    return f"{normal} GB" + (f" ({raised} GB)" if raised and raised != normal else "")
+def measured() -> dict[str, Any]:
+    """As much of a document of benchmarks/step.py as the table is made of."""
+    forward, vocabulary = {"seconds": 0.9, "memory": 1.0}, {"seconds": 0.4, "memory": 0.1}
+    parts = {
+        "forward": {"ratio": {"mlx-vlm": forward, "transformers": {"seconds": 0.9, "memory": None}}},
+        "vocabulary": {"ratio": {"mlx-vlm": vocabulary}},
+    }
+    results = [
+        {"prefix": prefix, "hidden_difference": {"mlx-vlm": 0, "transformers": 0}, "parts": parts}
+        for prefix in (64, 2048)
+    ]
+    return {
+        "date": "2026-01-02T03:04:05+00:00",
+        "machine": {"processor": "a chip", "cores": 2},
+        "versions": {"mlx": "1", "mlx-vlm": "2"},
+        "config": {"text_config": {"hidden_size": 64, "num_hidden_layers": 2}},
+        "runs": 3,
+        "results": results,
+        "projection": [{"forward_share": share, "ratio": share * 0.9 + (1 - share) * 0.4} for share in (0.8, 0.9)],
+    }
 
 
-def test_the_table_of_recipes_is_up_to_date() -> None:
-    begin, end = table("recipes")
-    assert README[begin:end] == recipes(), "run: python -m tests.test_readme"
+def test_a_readme_without_a_place_is_left_alone() -> None:
+    with pytest.raises(SystemExit, match="no place for the table"):
+        readme.written("no place\n", {"step": "a table\n"})
 
 
 def test_the_first_block_is_what_ci_runs() -> None:
@@ -129,8 +142,3 @@ def test_every_file_and_link_exists() -> None:
     files = [ROOT / "mlx_diffgemma" / name for name in re.findall(r"`([\w./]+(?:\.py|/))`", README)]
     missing = [str(path) for path in [*(ROOT / link for link in links), *files] if not path.exists()]
     assert not missing
-
-
-if __name__ == "__main__":
-    begin, end = table("recipes")
-    (ROOT / "README.md").write_text(README[:begin] + recipes() + README[end:], encoding="utf-8")

@@ -1,0 +1,116 @@
+"""Write README's generated tables anew, each between its markers.
+
+    python -m benchmarks.readme
+
+    recipes   what each recipe makes of the released shapes: computed
+    roofline  which recipe for which Mac, and how fast it may be: computed (benchmarks/roofline.py)
+    step      our step beside mlx-vlm's: from benchmarks/results/step.json; empty while there is no such file
+
+tests/test_readme.py holds README to them.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common, roofline
+from mlx_diffgemma import checkpoint, quantize
+from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.convert import load_recipe
+
+README = common.ROOT / "README.md"
+RESULTS = Path(__file__).with_name("results")
+RECIPES = ("q8", "q6", "q4-bf16", "q4", "mxfp4", "q3", "q2")
+PREFIXES = (4096, 131_072)  # that a Mac must have room for
+
+
+def blocks(results: Path = RESULTS) -> dict[str, str]:
+    """What belongs between the markers, by name."""
+    file = results / "step.json"
+    return {
+        "recipes": recipes(),
+        "roofline": roofline.readme_section() + "\n",
+        "step": step(checkpoint.read_json(file)) if file.exists() else "",
+    }
+
+
+def place(text: str, name: str) -> tuple[int, int]:
+    """Where the block `name` begins and ends in a README. Errors: SystemExit when it has no place there."""
+    begin = re.search(rf"^<!-- {name}: begin.*?-->\n", text, re.MULTILINE)
+    end = text.find(f"<!-- {name}: end -->")
+    if begin is None or end < begin.end():
+        raise SystemExit(f"README has no place for the table: add <!-- {name}: begin --> and <!-- {name}: end -->.")
+    return begin.end(), end
+
+
+def written(text: str, tables: dict[str, str]) -> str:
+    """A README with the blocks in their places."""
+    for name, table in tables.items():
+        begin, end = place(text, name)
+        text = text[:begin] + table + text[end:]
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def recipes() -> str:
+    """What each recipe makes of the released shapes, and the smallest Mac for 4K and 128K tokens of prefix."""
+    config = ModelConfig.from_dict(checkpoint.read_json(roofline.RELEASED))
+    rows = [
+        "| recipe | experts | the rest | GB | bits a weight | Mac, 4K prefix | Mac, 128K prefix |",
+        "|---" * 7 + "|",
+    ]
+    for name in RECIPES:
+        sizes = quantize.sizes(recipe := load_recipe(name), quantize.plan(recipe, checkpoint.sources(config)))
+        whole = quantize.Size.sum(sizes.values())
+        text = whole.nbytes - sizes["vision"].nbytes
+        macs = [_macs(quantize.memory_needed(config, text, prefix)) for prefix in PREFIXES]
+        label = f"`{name}`" + " (default)" * (name == "q4") + " (experimental)" * recipe.experimental
+        figures = (f"{whole.nbytes / 1e9:.1f}", f"{whole.bits_per_weight:.1f}")
+        rows.append(f"| {' | '.join((label, sizes['experts'].packing, sizes['attention'].packing, *figures, *macs))} |")
+    return "\n".join(rows) + "\n"
+
+
+def _macs(needed: int) -> str:
+    normal, raised = quantize.smallest_macs(needed)
+    return f"{normal} GB" + (f" ({raised} GB)" if raised and raised != normal else "")
+
+
+def step(document: dict[str, Any]) -> str:
+    """Time and memory of each part of a step, ours ÷ the peers', from a document of benchmarks/step.py."""
+    results = document["results"]
+    sides = list(results[0]["hidden_difference"])
+    rows = []
+    for name, part in results[0]["parts"].items():
+        for side in (side for side in sides if side in part["ratio"]):
+            cells = [_pair(result["parts"][name]["ratio"][side]) for result in results]
+            rows.append([name if side == "mlx-vlm" else f"{name}, against {side}", *cells])
+    header = ["part", *(f"prefix {result['prefix']:,}" for result in results)]
+    return f"{common.table(rows, header)}\n\n{_step_notes(document)}\n"
+
+
+def _pair(ratio: dict[str, float | None]) -> str:
+    return " / ".join("–" if value is None else f"{value:.2f}" for value in (ratio["seconds"], ratio["memory"]))
+
+
+def _step_notes(document: dict[str, Any]) -> str:
+    versions, machine, text = document["versions"], document["machine"], document["config"]["text_config"]
+    shares = [row["forward_share"] for row in document["projection"]]
+    ratios = [row["ratio"] for row in document["projection"]]
+    source = f"MLX {versions['mlx']} on {machine['cores']} cores of {machine['processor']}, {document['date'][:10]}"
+    return (
+        f"Ours ÷ mlx-vlm {versions['mlx-vlm']} in its faithful setting, time / memory, on equal weights: real"
+        f" vocabulary and canvas, hidden size {text['hidden_size']},\n{text['num_hidden_layers']} layers, float32,"
+        f" {source}; medians of {document['runs']} runs of `python -m benchmarks.step`.\n"
+        f"In the 26B model the forward is {min(shares):.0%} to {max(shares):.0%} of a step, so the whole would take"
+        f" {min(ratios):.2f} to {max(ratios):.2f} of mlx-vlm's time: projected, not measured."
+    )
+
+
+def main() -> None:
+    README.write_text(written(README.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
