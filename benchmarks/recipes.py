@@ -1,0 +1,151 @@
+"""What each recipe keeps of the built-in model: distributions, steps to settle, right answers.
+
+    python -m benchmarks.recipes --out benchmarks/results/recipes.json
+
+The converter packs the built-in model by every recipe. All compute in float32, so that nothing but the weights
+differs. Canvases at which the float32 model settled get half of their positions replaced at random, and every pack
+takes the same two steps from there: equal best tokens, accepted sets in common (intersection ÷ union), correlation of
+the entropies. Then it answers the held-out questions of demo_score.py by the default sampler.
+"""
+
+import argparse
+import tempfile
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from benchmarks import common, demo_score, train_demo
+from mlx_diffgemma import checkpoint, load, packs, sampler
+from mlx_diffgemma.config import GenerationConfig, load_recipe, recipe_names
+from mlx_diffgemma.engine import Denoised, generate
+from mlx_diffgemma.network import Network
+from mlx_diffgemma.noise import SeededNoise
+from mlx_diffgemma.tokenizer import Tokenizer
+
+RENOISED = 0.5  # share of a settled canvas that is replaced
+TEMPERATURE = 0.5
+TASKS = (*train_demo.TASKS, "sudoku")
+
+
+@cache
+def built_in() -> Network:
+    return checkpoint.load_network(common.DEMO)
+
+
+@cache
+def settled() -> list[tuple[list[int], np.ndarray]]:
+    """Two held-out prompts of each task, and the canvas [1, L] at which the float32 model stopped for each."""
+    tokenizer, settings = Tokenizer.load(common.DEMO), checkpoint.read_generation_config(common.DEMO)
+    length, vocabulary = built_in().config.canvas_length, built_in().config.vocab_size
+    examples = [example for task in TASKS for example in demo_score.held_out(task, 2)]
+    found = []
+    for number, example in enumerate(examples):
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": example.prompt}])
+        noise = SeededNoise([number], length=length, vocabulary=vocabulary)
+        one_canvas = settings.replace(max_tokens=length)
+        events = [e for e in generate(built_in(), [prompt], one_canvas, noise) if isinstance(e, Denoised)]
+        found.append((prompt, np.array(events[-1].best)))
+    return found
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Of two steps at each canvas, the second with the first's signal; flat over positions."""
+
+    best: np.ndarray
+    accepted: np.ndarray
+    entropy: np.ndarray
+
+    @classmethod
+    def of(cls, network: Network, renoised: float) -> "Reading":
+        """At the settled canvases, a share of each replaced by random ids."""
+        best, accepted, entropy = [], [], []
+        for number, (prompt, canvas) in enumerate(settled()):
+            random = np.random.default_rng(number)
+            ids = random.integers(0, network.config.vocab_size, canvas.shape)
+            ids = mx.array(np.where(random.random(canvas.shape) < renoised, ids, canvas))
+            prefix = network.make_cache()
+            network.encode(mx.array([prompt]), prefix)
+            signal = None
+            for _ in range(2):
+                signal = network.logits(ids, prefix, signal) / TEMPERATURE
+                p = mx.softmax(signal, axis=-1)
+                nats = -(p * mx.log(mx.maximum(p, 1e-30))).sum(axis=-1)
+                best.append(np.array(signal.argmax(axis=-1)).flatten())
+                entropy.append(np.array(nats).flatten())
+                accepted.append(np.array(sampler.accept(nats, GenerationConfig().entropy_bound)).flatten())
+        return cls(np.concatenate(best), np.concatenate(accepted), np.concatenate(entropy))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a recipe keeps of the float32 model."""
+
+    equal_best: float
+    accept_overlap: float  # intersection ÷ union
+    entropy_correlation: float
+
+    @classmethod
+    def of(cls, whole: Reading, own: Reading) -> "Kept":
+        return cls(
+            equal_best=float((whole.best == own.best).mean()),
+            accept_overlap=float((whole.accepted & own.accepted).sum() / (whole.accepted | own.accepted).sum()),
+            entropy_correlation=float(np.corrcoef(whole.entropy, own.entropy)[0, 1]),
+        )
+
+
+def pack(name: str, folder: Path) -> Path:
+    """The built-in model by a recipe, in a new folder inside `folder`."""
+    target = folder / name
+    packs.convert(packs.prepare(checkpoint.open_checkpoint(common.DEMO), load_recipe(name)), target)
+    return target
+
+
+def answers(folder: Path, count: int, seeds: list[int]) -> dict[str, float]:
+    """Right answers to Sudoku and to everything, settled canvases and steps per canvas, over all held-out questions."""
+    model = load(folder)
+    model.network.set_dtype(mx.float32)
+    scores = {task: demo_score.score(model, demo_score.held_out(task, count), seeds) for task in TASKS}
+    mean = {key: float(np.mean([score[key] for score in scores.values()])) for key in ("exact", "settled", "steps")}
+    return mean | {"sudoku": scores["sudoku"]["exact"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=20, help="held-out questions of each task")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", nargs="+", default=["float32", *recipe_names()], help="recipes")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    whole = Reading.of(built_in(), RENOISED)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.only:
+            source = common.DEMO if name == "float32" else pack(name, Path(folder))
+            network = checkpoint.load_network(source)
+            network.set_dtype(mx.float32)  # what is not packed, scales and biases
+            kept = Kept.of(whole, Reading.of(network, RENOISED))
+            found[name] = asdict(kept) | answers(source, arguments.count, seeds)
+            print(name, found[name], flush=True)
+    print(table(found))
+    common.finish(common.provenance() | {"count": arguments.count, "seeds": seeds, "recipes": found}, arguments.out)
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+    """One row a recipe."""
+    header = ["recipe", "equal best", "accepted alike", "entropy correlation", "steps a canvas", "right", "Sudoku"]
+    rows = []
+    for name, row in found.items():
+        shares = (f"{row[key]:.1%}" for key in ("equal_best", "accept_overlap"))
+        right = (f"{row[key]:.1%}" for key in ("exact", "sudoku"))
+        rows.append([f"`{name}`", *shares, f"{row['entropy_correlation']:.4f}", f"{row['steps']:.2f}", *right])
+    return common.table(rows, header)
+
+
+if __name__ == "__main__":
+    main()
