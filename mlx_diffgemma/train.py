@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 import tomllib
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from .trainer import Evaluated, Example, Trained
 
 TARGETS = {"attention": "ATTENTION", "dense": "DENSE", "experts": "EXPERTS"}
+SPLITS = {"train": "train|training", "valid": "valid|validation|val|dev"}  # and what else files of one are called
+LORA = ("rank", "scale", "targets", "fuse", "peft")  # options that mean nothing without an adapter
+OWN = {"model", "from_scratch", "data", "output", "full", "exact_match", *LORA}  # the others are Settings'
 ASIDE = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
@@ -48,6 +52,7 @@ ASIDE = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_tem
 @click.option("--save-every", type=int, help="Steps between checkpoints.  [default: 100]")
 @click.option("--exact-match", type=click.IntRange(0), help="Held-out examples to answer each time.  [default: 0]")
 @click.option("--fuse", is_flag=True, default=None, help="Also write the model with the adapter merged.")
+@click.option("--peft", is_flag=True, default=None, help="Also write the adapter in PEFT's format, for transformers.")
 @click.option("--ignore-memory", is_flag=True, help="Start although the prediction says it will not fit.")
 def main(config: str | None, ignore_memory: bool, **options: Any) -> None:
     """Train by the denoising objective: one canvas of each answer is corrupted, and its clean text predicted.
@@ -82,8 +87,7 @@ class Run:
         from .trainer import Settings
 
         known = {f.name for f in fields(Settings)}
-        own = {"model", "from_scratch", "data", "output", "full", "rank", "scale", "targets", "exact_match", "fuse"}
-        if unknown := options.keys() - known - own:
+        if unknown := options.keys() - known - OWN:
             raise ConfigError(
                 f"unknown training options: {', '.join(sorted(unknown))}.\nSee: mlx_diffgemma.train --help"
             )
@@ -95,7 +99,7 @@ class Run:
         self.full = bool(options.get("full") or self.scratch)
         if self.scratch and options.get("model"):
             raise ConfigError("--from-scratch starts from random weights: --model would do nothing.")
-        lora_options = [name for name in ("rank", "scale", "targets", "fuse") if options.get(name)]
+        lora_options = [name for name in LORA if options.get(name)]
         if self.full and lora_options:
             raise ConfigError(f"--{lora_options[0]} belongs to LoRA and would do nothing in a full training.")
         if options.get("train_router") and not self.full:
@@ -196,11 +200,22 @@ class Run:
         if not self.full:
             adapters.save(network, self.lora, self.output)
             self.say(f"Adapter: {self.output}  (mlx_diffgemma.generate --adapter {self.output})")
+            if self.options.get("peft"):
+                self._write_peft(network)
             if not self.options.get("fuse"):
                 return
             adapters.fuse(network)
         write_model(network, folder, self.output / "model")
         self.say(f"Model: {self.output / 'model'}  (mlx_diffgemma.generate --model {self.output / 'model'})")
+
+    def _write_peft(self, network: "Network") -> None:
+        """For the model that was trained; for a pack, which transformers cannot read, the released one."""
+        from . import adapters
+        from .config import RELEASED
+
+        base = RELEASED if network.config.quantization else self.options.get("model") or builtin()
+        adapters.save_peft(network, self.lora, self.output / "peft", base=base)
+        self.say(f"PEFT: {self.output / 'peft'}  (for transformers; not for merge_and_unload, which adds it twice)")
 
     def say(self, line: str) -> None:
         if self.first:
@@ -266,20 +281,52 @@ def write_model(network: "Network", source: Path, folder: Path) -> None:
 
 
 def read_data(path_or_repo: str, tokenizer: "Tokenizer") -> tuple[list["Example"], list["Example"]]:
-    """Training and held-out examples of a folder with train.jsonl and, if there is one, valid.jsonl.
+    """Training and held-out examples: of a folder with train.jsonl and, if there is one, valid.jsonl, or of a Hub
+    dataset, where the files may lie in one folder, in several parts, and say train, and valid, validation, val or dev.
 
     Errors: TrainingError naming file and line.
     """
     folder = Path(path_or_repo)
-    if not folder.is_dir():
-        folder = _dataset(path_or_repo)
-    if not (folder / "train.jsonl").is_file():
-        raise TrainingError(
-            f"{folder} has no train.jsonl.\nOne JSON object a line: messages, or prompt and completion."
-        )
-    train = _read(folder / "train.jsonl", tokenizer)
-    valid = _read(folder / "valid.jsonl", tokenizer) if (folder / "valid.jsonl").is_file() else []
+    if folder.is_dir():
+        files = {split: [folder / f"{split}.jsonl"] for split in SPLITS if (folder / f"{split}.jsonl").is_file()}
+        if "train" not in files:
+            raise TrainingError(
+                f"{folder} has no train.jsonl.\nOne JSON object a line: messages, or prompt and completion."
+            )
+    else:
+        files = _hub_files(path_or_repo)
+    train, valid = (
+        [example for file in files.get(split, []) for example in _read(file, tokenizer)] for split in SPLITS
+    )
     return train, valid
+
+
+def _hub_files(repo: str) -> dict[str, list[Path]]:
+    """The .jsonl files of a Hub dataset by split; a single file without a split's name is the training data."""
+    folder = _dataset(repo)
+    found = sorted(folder.rglob("*.jsonl"))
+    if not found:
+        raise TrainingError(
+            f"{repo} has no .jsonl file; parquet and other forms are not read.\n"
+            f'Make one: datasets.load_dataset("{repo}")["train"].to_json("my-data/train.jsonl"), then --data my-data.'
+        )
+    files: dict[str, list[Path]] = {}
+    for split, names in SPLITS.items():
+        named = re.compile(rf"(^|[^a-z])({names})([^a-z]|$)")
+        if matching := [file for file in found if named.search(file.relative_to(folder).as_posix().lower())]:
+            files[split] = matching
+    if "train" not in files and len(found) == 1:
+        files["train"] = found
+    if "train" not in files:
+        names = ", ".join(file.relative_to(folder).as_posix() for file in found[:3])
+        raise TrainingError(f"{repo} has no file for training, only {names}.\nExpected train.jsonl, in any folder.")
+    folders = sorted({file.parent for file in files["train"]})
+    if len(folders) > 1:
+        raise TrainingError(
+            f"{repo} has training data in {len(folders)} folders: {folders[0].name or '.'}, {folders[1].name}, …\n"
+            f"Choose one: --data {folders[0]}"
+        )
+    return files
 
 
 def _dataset(repo: str) -> Path:
@@ -300,29 +347,32 @@ def _read(file: Path, tokenizer: "Tokenizer") -> list["Example"]:
         if not line.strip():
             continue
         try:
-            messages, answer = _conversation(json.loads(line))
+            messages, answer, tools = _conversation(json.loads(line))
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise TrainingError(
                 f'{file}:{number}: {error}.\nExpected {{"messages": [..., an assistant\'s]}} or'
                 ' {"prompt": text, "completion": text}.'
             ) from None
-        prompt = tokenizer.apply_chat_template(messages)
+        prompt = tokenizer.apply_chat_template(messages, tools=tools)
         examples.append(Example(prompt=tuple(prompt), response=tuple(tokenizer.encode(answer))))
     if not examples:
         raise TrainingError(f"{file} has no examples.")
     return examples
 
 
-def _conversation(values: Any) -> tuple[list[dict[str, Any]], str]:
-    """The messages before the last answer, and that answer."""
+def _conversation(values: Any) -> tuple[list[dict[str, Any]], str, list[dict[str, Any]] | None]:
+    """The messages before the last answer, that answer, and the tools the model may call."""
     if not isinstance(values, dict):
         raise ValueError(f"a {type(values).__name__} instead of an object")
     if "prompt" in values:
-        return [{"role": "user", "content": values["prompt"]}], str(values["completion"])
+        prompt, answer = values["prompt"], values["completion"]
+        if not isinstance(prompt, str) or not isinstance(answer, str):
+            raise ValueError("prompt and completion are not both text")
+        return [{"role": "user", "content": prompt}], answer, values.get("tools")
     *before, last = values["messages"]
     if last["role"] not in ("assistant", "model") or not isinstance(last["content"], str):
         raise ValueError("the last message is no text by the assistant")
-    return before, last["content"]
+    return before, last["content"], values.get("tools")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from mlx_diffgemma import trainer
-from mlx_diffgemma.adapters import leaves
+from mlx_diffgemma import objective, trainer
+from mlx_diffgemma.adapters import TARGETS, Lora, attach, leaves
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import TrainingError
 from mlx_diffgemma.network import Network
-from mlx_diffgemma.trainer import Batch, Batches, Evaluated, Example, Saved, Settings, Trained, Trainer, make_batch
+from mlx_diffgemma.objective import Batch
+from mlx_diffgemma.trainer import Batches, Evaluated, Example, Saved, Settings, Trained, Trainer, make_batch
 
 from .reference_models import Model, text_config
 
@@ -142,11 +143,11 @@ def test_losses_and_gradients_are_those_of_torch(name: str, looks: int) -> None:
     batch = batch_for(network, looks)
     assert batch.looks == looks
 
-    def objective() -> tuple[mx.array, tuple[mx.array, mx.array]]:
-        decoder, encoder = trainer.losses(network, batch)
+    def total() -> tuple[mx.array, tuple[mx.array, mx.array]]:
+        decoder, encoder = objective.losses(network, batch)
         return decoder + encoder, (decoder, encoder)
 
-    (_, ours), gradients = nn.value_and_grad(network, objective)()
+    (_, ours), gradients = nn.value_and_grad(network, total)()
     theirs = torch_losses(model, batch)
     for loss, truth in zip(ours, theirs, strict=True):
         assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
@@ -168,8 +169,8 @@ def test_a_zero_signal_is_what_generation_starts_with() -> None:
     start = int(np.array(batch.starts)[0])
     cache = network.make_cache()
     network.encode(batch.tokens[:, :start], cache)
-    _, prefix = trainer.read_clean(network, batch.tokens)
-    ours = trainer.denoise(network, batch.noisy, batch.starts, prefix, None)
+    _, prefix = objective.read_clean(network, batch.tokens)
+    ours = objective.denoise(network, batch.noisy, batch.starts, prefix, None)
     assert mx.allclose(ours, network.denoise(batch.noisy, cache, None), atol=1e-5)
 
 
@@ -234,32 +235,54 @@ def test_running_all_experts_is_running_the_chosen_ones() -> None:
     plain = network.decoder.layers[0]
     x = mx.random.normal((7, 32), key=mx.random.key(1))
     chosen, weights = plain.router(x)
-    every = trainer.AllExperts(plain.experts)
+    every = objective.AllExperts(plain.experts)
     assert mx.allclose(every(x, chosen, weights), plain.experts(x, chosen, weights), atol=1e-5)
 
 
 def test_pieces_of_the_vocabulary_pass_give_the_same_loss_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     network = small()
     batch = make_batch(examples(4, vocabulary=128), np.random.default_rng(0), network.config, Settings(), STOP)
-    gradient = nn.value_and_grad(network, lambda: sum(trainer.losses(network, batch)))
+    gradient = nn.value_and_grad(network, lambda: sum(objective.losses(network, batch)))
     whole = gradient()
-    monkeypatch.setattr(trainer, "LOGITS", 128 * 5)
+    monkeypatch.setattr(objective, "LOGITS", 128 * 5)
     pieces = gradient()
     assert pieces[0].item() == pytest.approx(whole[0].item(), rel=1e-6)
     same(whole[1], pieces[1])
 
 
-def test_recomputing_layers_changes_nothing() -> None:
+@pytest.mark.parametrize("lora", [None, Lora(rank=2, keys=TARGETS)], ids=["full", "lora"])
+def test_recomputing_changes_nothing(lora: Lora | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers, and pieces of the vocabulary pass, whose table has no gradient beside an adapter."""
+    monkeypatch.setattr(objective, "LOGITS", 128 * 5)
     runs = []
     for again in (False, True):
         network = small()
+        if lora:
+            attach(network, lora)
         trainer.prepare(network, Settings())
         batch = make_batch(examples(4, vocabulary=128), np.random.default_rng(0), network.config, Settings(), STOP)
         runs.append(
-            nn.value_and_grad(network, lambda n=network, b=batch, a=again: sum(trainer.losses(n, b, recompute=a)))()
+            nn.value_and_grad(network, lambda n=network, b=batch, a=again: sum(objective.losses(n, b, recompute=a)))()
         )
     assert runs[0][0].item() == pytest.approx(runs[1][0].item(), rel=1e-6)
     same(runs[0][1], runs[1][1])
+
+
+def test_recomputing_layers_needs_less_memory() -> None:
+    """MLX would keep what is computed again until the end, if the gradients of the weights did not come first."""
+    peaks = []
+    for again in (False, True):
+        network = small(num_hidden_layers=8, layer_types=["sliding_attention", "full_attention"] * 4)
+        batch = make_batch(examples(16, vocabulary=128), np.random.default_rng(0), network.config, Settings(), STOP)
+        mx.eval(network.parameters(), batch.tokens, batch.clean, batch.noisy)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(
+            nn.value_and_grad(network, lambda n=network, b=batch, a=again: sum(objective.losses(n, b, recompute=a)))()
+        )
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 0.5 * peaks[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -327,7 +350,7 @@ def test_accumulated_gradients_are_the_mean_of_their_batches(tmp_path: Path) -> 
     for number in range(2):
         rng = np.random.default_rng((settings.seed, 2, number))
         batch = make_batch(run.batches[number], rng, run.network.config, settings, STOP)
-        parts.append(nn.value_and_grad(run.network, lambda b=batch: sum(trainer.losses(run.network, b)))())
+        parts.append(nn.value_and_grad(run.network, lambda b=batch: sum(objective.losses(run.network, b)))())
     before = run.network.decoder.norm.weight
     event = next(run.run())
     assert isinstance(event, Trained)
