@@ -402,6 +402,7 @@ RECIPE = {
     "batch_size": 16,
     "accumulate": 2,
     "train_router": True,
+    "fill": "turn",
     "max_length": 160,
     "evaluate_every": 250,
     "exact_match": 40,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .adapters import Lora
     from .network import Network
     from .tokenizer import Tokenizer
-    from .trainer import Evaluated, Example, Trained
+    from .trainer import Ends, Evaluated, Example, Trained
 
 TARGETS = {"attention": "ATTENTION", "dense": "DENSE", "experts": "EXPERTS"}
 SPLITS = {"train": "train|training", "valid": "valid|validation|val|dev"}  # and what else files of one are called
@@ -130,13 +130,12 @@ class Run:
             adapters.attach(network, self.lora, seed=self.settings.seed)
         trainer.prepare(network, self.settings)
         self._check_memory(network, train, ignore_memory)
-        stop = tokenizer.id_of("<turn|>")
         run = trainer.Trainer(
             network,
             self.settings,
             examples=train,
             held_out=valid,
-            stop_id=tokenizer.stop_ids[0] if stop is None else stop,
+            ends=_ends(tokenizer, self.settings.fill),
             folder=self.output / "checkpoints",
         )
         if run.batches.left_out:
@@ -220,6 +219,19 @@ class Run:
     def say(self, line: str) -> None:
         if self.first:
             click.echo(line)
+
+
+def _ends(tokenizer: "Tokenizer", fill: str) -> "Ends":
+    """An answer is closed by <turn|> and filled up with <eos>, or with <turn|> again; a tokenizer that lacks one of
+    them gives its own end of text. Errors: TrainingError when it has none."""
+    from .trainer import Ends
+
+    named = [tokenizer.id_of(token) for token in ("<turn|>", "<eos>")]
+    own = next(iter(tokenizer.stop_ids), None)
+    turn, eos = (own if found is None else found for found in named)
+    if turn is None or eos is None:
+        raise TrainingError("the tokenizer has no <turn|>, no <eos> and no eos_token: nothing can end an answer.")
+    return Ends(turn, eos if fill == "eos" else turn)
 
 
 def builtin() -> str:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -49,6 +49,9 @@ class Settings:
     optimizer: str = "adamw"  # or "muon": orthogonalized momentum for matrices, AdamW for the rest
     self_conditioning: float = 0.5  # share of examples that see a first look's signal
     encoder_weight: float = 1.0  # of the encoder's next-token loss
+    fill: str = (
+        "eos"  # what fills the canvas behind an answer's <turn|>: "eos" (TRL, Google's recipes), or "turn" again
+    )
     train_router: bool = False
     checkpoint_layers: bool = False  # recompute layers in the backward pass: less memory, a third more time
     max_length: int = 4096  # longer examples are left out
@@ -63,6 +66,8 @@ class Settings:
                 raise TrainingError(f"{name} is {getattr(self, name)}, expected at least 1.")
         if self.optimizer not in ("adamw", "muon"):
             raise TrainingError(f"optimizer is {self.optimizer!r}, expected 'adamw' or 'muon'.")
+        if self.fill not in ("eos", "turn"):
+            raise TrainingError(f"fill is {self.fill!r}, expected 'eos' or 'turn'.")
         if not 0 <= self.self_conditioning <= 1:
             raise TrainingError(f"self_conditioning is {self.self_conditioning}, expected 0 … 1.")
 
@@ -82,17 +87,24 @@ class Example:
         return len(self.prompt) + len(self.response) + 1
 
 
+class Ends(NamedTuple):
+    """The id that closes an answer, and the one that fills the rest of its last canvas."""
+
+    stop: int
+    fill: int
+
+
 def make_batch(
-    examples: Sequence[Example], rng: np.random.Generator, config: ModelConfig, settings: Settings, stop_id: int
+    examples: Sequence[Example], rng: np.random.Generator, config: ModelConfig, settings: Settings, ends: Ends
 ) -> Batch:
     """Choose a canvas of every response, and corrupt it."""
     size, rows = config.canvas_length, len(examples)
     width = -(-max(example.length for example in examples) // BUCKET) * BUCKET
     tokens = np.full((rows, width), config.pad_token_id, np.int32)
-    clean = np.full((rows, size), stop_id, np.int32)
+    clean = np.full((rows, size), ends.fill, np.int32)
     starts = np.zeros(rows, np.int32)
     for row, example in enumerate(examples):
-        answer = [*example.response, stop_id]
+        answer = [*example.response, ends.stop]
         tokens[row, : example.length] = [*example.prompt, *answer]
         first = int(rng.integers(-(-len(answer) // size))) * size
         canvas = answer[first : first + size]
@@ -299,10 +311,10 @@ class Trainer:
         *,
         examples: Sequence[Example],
         held_out: Sequence[Example],
-        stop_id: int,
+        ends: Ends,
         folder: Path,
     ):
-        self.network, self.settings, self.stop_id, self.folder = network, settings, stop_id, Path(folder)
+        self.network, self.settings, self.ends, self.folder = network, settings, ends, Path(folder)
         self.batches = Batches(examples, settings)
         self.held_out = list(held_out)
         self.optimizer = make_optimizer(settings)
@@ -333,7 +345,7 @@ class Trainer:
         for part in range(settings.accumulate):
             number = (self.step * settings.accumulate + part) * workers + self.group.rank()
             rng = np.random.default_rng((settings.seed, 2, number))
-            batch = make_batch(self.batches[number], rng, self.network.config, settings, self.stop_id)
+            batch = make_batch(self.batches[number], rng, self.network.config, settings, self.ends)
             arrays = (batch.tokens, batch.lengths, batch.starts, batch.clean, batch.noisy)
             pair, new = self._gradients(*arrays, batch.looks)
             gradients = new if gradients is None else tree_map(mx.add, gradients, new)
@@ -387,7 +399,7 @@ class Trainer:
         ordered = sorted(self.held_out, key=lambda example: example.length)
         sums, count = np.zeros(2), 0
         for first in range(0, len(ordered), size):
-            batch = make_batch(ordered[first : first + size], rng, self.network.config, self.settings, self.stop_id)
+            batch = make_batch(ordered[first : first + size], rng, self.network.config, self.settings, self.ends)
             pair = losses(self.network, batch)
             mx.eval(pair)
             rows = len(batch.starts)

@@ -13,12 +13,14 @@ from benchmarks import train_demo
 from mlx_diffgemma import load, packs
 from mlx_diffgemma.checkpoint import is_vision, load_network, open_checkpoint
 from mlx_diffgemma.config import RELEASED, load_recipe
+from mlx_diffgemma.errors import TrainingError
 from mlx_diffgemma.network import Network
 from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.pipeline import Result as Reply
 from mlx_diffgemma.shards import read_header
 from mlx_diffgemma.tokenizer import Tokenizer
-from mlx_diffgemma.train import builtin, main, read_data
+from mlx_diffgemma.train import _ends, builtin, main, read_data
+from mlx_diffgemma.trainer import Settings
 
 from . import small, synthetic
 
@@ -277,3 +279,11 @@ def logits_of(network: Network) -> mx.array:
     cache = network.make_cache()
     network.encode(mx.arange(10, 20)[None], cache)
     return network.logits(mx.arange(8)[None] + 30, cache)
+
+
+def test_what_ends_an_answer_and_what_fills_its_canvas() -> None:
+    tokenizer = Tokenizer.load(Path(builtin()))
+    assert _ends(tokenizer, "eos") == (106, 1)
+    assert _ends(tokenizer, "turn") == (106, 106)
+    with pytest.raises(TrainingError, match="'eos' or 'turn'"):
+        Settings(fill="pad")

@@ -20,11 +20,11 @@ from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import TrainingError
 from mlx_diffgemma.network import Network
 from mlx_diffgemma.objective import Batch
-from mlx_diffgemma.trainer import Batches, Evaluated, Example, Saved, Settings, Trained, Trainer, make_batch
+from mlx_diffgemma.trainer import Batches, Ends, Evaluated, Example, Saved, Settings, Trained, Trainer, make_batch
 
 from .reference_models import Model, text_config
 
-STOP = 106
+ENDS = Ends(stop=106, fill=1)
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def small(**text: object) -> Network:
 
 def batch_for(network: Network, looks: int) -> Batch:
     settings = Settings(batch_size=3, self_conditioning=looks / 3)
-    return make_batch(examples(3), np.random.default_rng(5), network.config, settings, STOP)
+    return make_batch(examples(3), np.random.default_rng(5), network.config, settings, ENDS)
 
 
 def same(one: dict, other: dict) -> None:
@@ -165,7 +165,7 @@ def test_losses_and_gradients_are_those_of_torch(name: str, looks: int) -> None:
 def test_a_zero_signal_is_what_generation_starts_with() -> None:
     """A row without a first look trains on the network's own step 0."""
     network = small()
-    batch = make_batch(examples(1, vocabulary=128), np.random.default_rng(0), network.config, Settings(), STOP)
+    batch = make_batch(examples(1, vocabulary=128), np.random.default_rng(0), network.config, Settings(), ENDS)
     start = int(np.array(batch.starts)[0])
     cache = network.make_cache()
     network.encode(batch.tokens[:, :start], cache)
@@ -183,15 +183,19 @@ def test_a_canvas_of_the_response_is_corrupted_and_the_fill_is_supervised() -> N
     seen = set()
     for _ in range(20):
         made = examples(3, vocabulary=128)
-        batch = make_batch(made, rng, network.config, Settings(), STOP)
+        batch = make_batch(made, rng, network.config, Settings(), ENDS)
         for row, example in enumerate(made):
             start, clean = np.array(batch.starts)[row], np.array(batch.clean)[row].tolist()
-            answer = [*example.response, *[STOP] * 24]
+            answer = [*example.response, ENDS.stop, *[ENDS.fill] * 24]
             offset = start - len(example.prompt)
             assert offset % 12 == 0
             assert clean == answer[offset : offset + 12]
             seen.add((row, offset))
-            assert np.array(batch.tokens)[row, : example.length].tolist() == [*example.prompt, *example.response, STOP]
+            assert np.array(batch.tokens)[row, : example.length].tolist() == [
+                *example.prompt,
+                *example.response,
+                ENDS.stop,
+            ]
     assert seen == {(0, 0), (1, 0), (2, 0), (2, 12), (2, 24)}
 
 
@@ -199,7 +203,7 @@ def test_noise_is_uniform_in_level_and_over_the_vocabulary() -> None:
     network = small()
     rng, levels, ids = np.random.default_rng(0), [], []
     for _ in range(400):
-        batch = make_batch(examples(3, vocabulary=128), rng, network.config, Settings(), STOP)
+        batch = make_batch(examples(3, vocabulary=128), rng, network.config, Settings(), ENDS)
         changed = np.array(batch.noisy) != np.array(batch.clean)
         levels += changed.mean(axis=1).tolist()
         ids += np.array(batch.noisy)[changed].tolist()
@@ -241,7 +245,7 @@ def test_running_all_experts_is_running_the_chosen_ones() -> None:
 
 def test_pieces_of_the_vocabulary_pass_give_the_same_loss_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     network = small()
-    batch = make_batch(examples(4, vocabulary=128), np.random.default_rng(0), network.config, Settings(), STOP)
+    batch = make_batch(examples(4, vocabulary=128), np.random.default_rng(0), network.config, Settings(), ENDS)
     gradient = nn.value_and_grad(network, lambda: sum(objective.losses(network, batch)))
     whole = gradient()
     monkeypatch.setattr(objective, "LOGITS", 128 * 5)
@@ -260,7 +264,7 @@ def test_recomputing_changes_nothing(lora: Lora | None, monkeypatch: pytest.Monk
         if lora:
             attach(network, lora)
         trainer.prepare(network, Settings())
-        batch = make_batch(examples(4, vocabulary=128), np.random.default_rng(0), network.config, Settings(), STOP)
+        batch = make_batch(examples(4, vocabulary=128), np.random.default_rng(0), network.config, Settings(), ENDS)
         runs.append(
             nn.value_and_grad(network, lambda n=network, b=batch, a=again: sum(objective.losses(n, b, recompute=a)))()
         )
@@ -273,7 +277,7 @@ def test_recomputing_layers_needs_less_memory() -> None:
     peaks = []
     for again in (False, True):
         network = small(num_hidden_layers=8, layer_types=["sliding_attention", "full_attention"] * 4)
-        batch = make_batch(examples(16, vocabulary=128), np.random.default_rng(0), network.config, Settings(), STOP)
+        batch = make_batch(examples(16, vocabulary=128), np.random.default_rng(0), network.config, Settings(), ENDS)
         mx.eval(network.parameters(), batch.tokens, batch.clean, batch.noisy)
         mx.clear_cache()
         mx.reset_peak_memory()
@@ -296,7 +300,7 @@ def start(folder: Path, settings: Settings = QUICK) -> Trainer:
     network = small()
     trainer.prepare(network, settings)
     made = examples(24, vocabulary=128)
-    return Trainer(network, settings, examples=made[:16], held_out=made[16:], stop_id=STOP, folder=folder)
+    return Trainer(network, settings, examples=made[:16], held_out=made[16:], ends=ENDS, folder=folder)
 
 
 def weights(folder: Path, step: int) -> dict[str, mx.array]:
@@ -312,7 +316,7 @@ def test_eight_examples_are_learned_by_heart(tmp_path: Path) -> None:
     trainer.prepare(network, settings)
     rng = np.random.default_rng(0)
     made = [Example(prompt=(2, 3 + i), response=tuple(rng.integers(3, 100, 6).tolist())) for i in range(8)]
-    run = Trainer(network, settings, examples=made * 4, held_out=[], stop_id=STOP, folder=tmp_path)
+    run = Trainer(network, settings, examples=made * 4, held_out=[], ends=ENDS, folder=tmp_path)
     losses = [event.decoder_loss for event in run.run() if isinstance(event, Trained)]
     assert np.mean(losses[-20:]) < 0.02
     given = trainer.answers(network, made, trainer.GenerationConfig(max_tokens=12), seed=0)
@@ -349,7 +353,7 @@ def test_accumulated_gradients_are_the_mean_of_their_batches(tmp_path: Path) -> 
     parts = []
     for number in range(2):
         rng = np.random.default_rng((settings.seed, 2, number))
-        batch = make_batch(run.batches[number], rng, run.network.config, settings, STOP)
+        batch = make_batch(run.batches[number], rng, run.network.config, settings, ENDS)
         parts.append(nn.value_and_grad(run.network, lambda b=batch: sum(objective.losses(run.network, b)))())
     before = run.network.decoder.norm.weight
     event = next(run.run())
@@ -386,7 +390,7 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused(tmp_path: Path) -> None:
     list(start(tmp_path).run())
     network = small()
     trainer.prepare(network, Settings())  # the router is frozen here
-    other = Trainer(network, QUICK, examples=examples(8, vocabulary=128), held_out=[], stop_id=STOP, folder=tmp_path)
+    other = Trainer(network, QUICK, examples=examples(8, vocabulary=128), held_out=[], ends=ENDS, folder=tmp_path)
     with pytest.raises(TrainingError, match="another kind of run"):
         next(other.run())
 
