@@ -1,12 +1,11 @@
 """`mlx_diffgemma.train`: fine-tune with LoRA or in full, or train a small model from scratch."""
 
 import json
-import os
 import re
 import shutil
 import time
 import tomllib
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +44,9 @@ ASIDE = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_tem
 @click.option("--warmup", type=int, help="Steps until then.  [default: 25]")
 @click.option("--optimizer", type=click.Choice(["adamw", "muon"]), help="[default: adamw]")
 @click.option("--max-length", type=int, help="Leave out longer examples.  [default: 4096 tokens]")
-@click.option("--checkpoint-layers", is_flag=True, default=None, help="Less memory, a third more time.")
+@click.option(
+    "--checkpoint-layers", is_flag=True, default=None, help="Less memory, more time.  [default: if it must]"
+)
 @click.option("--train-router", is_flag=True, default=None, help="With --full: train the choice of experts too.")
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--evaluate-every", type=int, help="Steps between held-out losses.  [default: 100]")
@@ -179,16 +180,23 @@ class Run:
         return {"exact_match": right / len(given), "mean_steps": sum(steps) / len(steps)}
 
     def _check_memory(self, network: "Network", examples: list["Example"], ignore: bool) -> None:
-        """Nothing is computed yet: sizes are known, weights are still on disk."""
+        """Nothing is computed yet: sizes are known, weights are still on disk. Layers are recomputed if only that
+        makes the run fit."""
+        from .pipeline import machine_limit
         from .trainer import memory_needed
 
+        have = machine_limit()
         longest = max(e.length for e in examples if e.length <= self.settings.max_length)
         needed = memory_needed(network, self.settings, longest)
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        self.say(f"Needs about {needed / 1e9:.1f} GB of memory; this machine has {have / 1e9:.1f} GB.")
+        if needed > have and "checkpoint_layers" not in self.options:
+            less = replace(self.settings, checkpoint_layers=True)
+            if (smaller := memory_needed(network, less, longest)) <= have:
+                self.say(f"Turning on --checkpoint-layers: about {needed / 1e9:.1f} GB would be needed without.")
+                self.settings, needed = less, smaller
+        self.say(f"Needs about {needed / 1e9:.1f} GB of memory; this machine gives {have / 1e9:.1f} GB.")
         if needed > have and not ignore:
             raise MemoryLimitError(
-                f"training needs about {needed / 1e9:.1f} GB, this machine has {have / 1e9:.1f} GB.\n"
+                f"training needs about {needed / 1e9:.1f} GB, this machine gives {have / 1e9:.1f} GB.\n"
                 "Lower batch_size, max_length or rank, use --checkpoint-layers or a quantized model,"
                 " or insist with --ignore-memory."
             )
