@@ -52,7 +52,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "device": f"{mx.default_device().type.name} ({mx.device_info().get('device_name', 'unknown')})",
         "preloaded": [Path(library).name for library in os.environ.get("LD_PRELOAD", "").split()],
-        "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
+        "blas": {name: value for name, value in os.environ.items() if name.startswith("OPENBLAS_")},
     }
 
 
