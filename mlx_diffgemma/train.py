@@ -44,9 +44,7 @@ ASIDE = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_tem
 @click.option("--warmup", type=int, help="Steps until then.  [default: 25]")
 @click.option("--optimizer", type=click.Choice(["adamw", "muon"]), help="[default: adamw]")
 @click.option("--max-length", type=int, help="Leave out longer examples.  [default: 4096 tokens]")
-@click.option(
-    "--checkpoint-layers", is_flag=True, default=None, help="Less memory, more time.  [default: if it must]"
-)
+@click.option("--checkpoint-layers", is_flag=True, default=None, help="Less memory, more time.  [default: if it must]")
 @click.option("--train-router", is_flag=True, default=None, help="With --full: train the choice of experts too.")
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--evaluate-every", type=int, help="Steps between held-out losses.  [default: 100]")

@@ -7,7 +7,7 @@ the keys (the head's logits) and the values (the soft embedding).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from itertools import zip_longest
 from typing import Any
 
@@ -30,7 +30,12 @@ def scaled(embeddings: mx.array) -> mx.array:
 
 def softcap(logits: mx.array, cap: float) -> mx.array:
     """cap · tanh(logits / cap), in float32."""
-    return cap * mx.tanh(logits.astype(mx.float32) / cap)
+    return _shaped(logits, mx.array(cap, mx.float32), mx.array(1.0))
+
+
+@partial(mx.compile, shapeless=True)  # one pass over memory instead of five
+def _shaped(scores: mx.array, cap: mx.array, temperature: mx.array) -> mx.array:
+    return cap * mx.tanh(scores.astype(mx.float32) / cap) / temperature
 
 
 def soft_embedding(logits: mx.array, table: Table) -> mx.array:
@@ -72,7 +77,7 @@ class Shape:
 
     def __call__(self, scores: mx.array, ids: mx.array) -> mx.array:
         """Scores [N, n] of the `ids` ([n], or [N, n]) → float32 shaped logits [N, n]."""
-        logits = softcap(scores, self.cap) / self.temperature
+        logits = _shaped(scores, mx.array(self.cap, mx.float32), mx.array(self.temperature))
         if not self.forbidden or self.positions is None:
             return logits
         banned = (ids[..., None] == mx.array(self.forbidden)).any(axis=-1) & self.positions[:, None]
@@ -186,21 +191,19 @@ class _Sums:
     def of(cls, logits: mx.array, table: Table, ids: slice, with_signal: bool) -> "_Sums":
         """One tile of shaped logits [N, n]."""
         maximum = logits.max(axis=-1)
-        above = logits - maximum[:, None]
-        weight = mx.exp(above)
-        slope = (weight * above).sum(axis=-1)
+        weight, slopes = _weights(logits, maximum[:, None])
         blocks = weight.reshape(len(weight), -1, _block(table.weight.shape[0])).sum(axis=-1)
         dtype, soft_mass, soft = table_dtype(table), None, None
         if with_signal:
             if dtype != mx.float32:
-                weight = mx.exp(_rounded(logits, dtype) - _rounded(maximum, dtype)[:, None])
+                weight = _rounded_weights(logits, maximum[:, None], mx.zeros((), dtype))
             soft_mass, soft = weight.sum(axis=-1), _mix(weight.astype(dtype), table, ids).astype(mx.float32)
         return cls(
             dtype=dtype,
             maximum=maximum,
             best=ids.start + logits.argmax(axis=-1).astype(mx.int32),
             mass=blocks.sum(axis=-1),
-            slope=slope,
+            slope=slopes.sum(axis=-1),
             soft_mass=soft_mass,
             soft=soft,
             blocks=((blocks, maximum),),
@@ -249,6 +252,20 @@ class _Sums:
     def block_masses(self) -> mx.array:
         """Mass of every block of the vocabulary, [N, V / block], all about the maximum."""
         return mx.concatenate([w * mx.exp(m - self.maximum)[:, None] for w, m in self.blocks], axis=-1)
+
+
+@partial(mx.compile, shapeless=True)
+def _weights(logits: mx.array, maximum: mx.array) -> tuple[mx.array, mx.array]:
+    """w = exp(logit − maximum), and w · (logit − maximum)."""
+    above = logits - maximum
+    weight = mx.exp(above)
+    return weight, weight * above
+
+
+@partial(mx.compile, shapeless=True)
+def _rounded_weights(logits: mx.array, maximum: mx.array, like: mx.array) -> mx.array:
+    """The same w with both rounded to the dtype of `like`."""
+    return mx.exp(_rounded(logits, like.dtype) - _rounded(maximum, like.dtype))
 
 
 def _invert(sums: _Sums, x: mx.array, table: Table, shape: Shape, draws: mx.array) -> mx.array:
