@@ -25,7 +25,7 @@ import numpy as np
 from . import sampler, vocabulary
 from .cache import PrefixCache
 from .config import GenerationConfig
-from .errors import PromptError
+from .errors import ConfigError, PromptError
 from .network import Network
 from .noise import Noise
 
@@ -140,7 +140,8 @@ def generate(
     A `cache` that already holds the first tokens of the (single) prompt saves encoding those; one of the Prefilled
     events comes when it holds exactly `pause_at` tokens, so that the caller can take a snapshot there. Closing
     the generator stops within a step.
-    Errors: PromptError, before any work, for an empty prompt or one that leaves no room for a canvas.
+    Errors, before any work: PromptError for an empty prompt or one that leaves no room for a canvas, ConfigError for
+    a canvas longer than the model's.
     """
     longest = max(map(len, prompts), default=0)
     length = settings.canvas_length or network.config.canvas_length
@@ -192,7 +193,9 @@ def generate(
 
 def _check(network: Network, prompts: list[list[int]], settings: GenerationConfig, longest: int, length: int) -> int:
     """How many canvases fit the request and the context; PromptError when not even one does."""
-    limit = network.config.max_position_embeddings
+    limit, trained = network.config.max_position_embeddings, network.config.canvas_length
+    if length > trained:
+        raise ConfigError(f"canvas_length is {length}, expected at most {trained}, the model's own.")
     if not prompts or not all(prompts):
         raise PromptError("the prompt has no tokens: give at least one (a chat template always does).")
     if longest + length > limit:

@@ -49,6 +49,7 @@ REFUSED = [
     ("generate --model {model} -p hi --gredy", 2, "'--greedy'"),
     ("generate --model {model} -p hi --max-tokens 0", 2, "0 is not in the range x>=1"),
     ("generate --model {model} -p hi --t-min 0.9", 1, "t_min is 0.9, expected above 0 and at most t_max (0.8)"),
+    ("generate --model {model} -p hi --canvas-length 17", 1, "canvas_length is 17, expected at most 16"),
     ("generate --model {model} -p hi --json --show-thinking", 2, "--show-thinking would do nothing"),
     ("generate --model {model} -p hi --record canvas.gif", 1, "expected a name ending in .svg, .html or .cast"),
     ("generate --model {model} -p hi --record {tmp}/no/canvas.svg", 1, "there is no folder"),
