@@ -1,50 +1,56 @@
-"""Write README's generated tables anew, each between its markers.
+"""Write the generated tables anew, each between its markers in README.md or benchmarks/README.md.
 
     python -m benchmarks.readme
 
     recipes   what each recipe makes of the released shapes: computed
     roofline  which recipe for which Mac, and how fast it may be: computed (benchmarks/roofline.py)
     step      our step beside mlx-vlm's: from benchmarks/results/step.json; empty while there is no such file
+    quality   what each recipe keeps of the built-in model: likewise from recipes.json
+    ideas     what each exact idea brings: likewise from ideas.json
 
-tests/test_readme.py holds README to them.
+tests/test_readme.py holds the files to them.
 """
 
 import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import common, roofline
+from benchmarks import common, ideas, roofline
+from benchmarks import recipes as measured_recipes
 from mlx_diffgemma import checkpoint, quantize
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.convert import load_recipe
 
-README = common.ROOT / "README.md"
 RESULTS = Path(__file__).with_name("results")
 RECIPES = ("q8", "q6", "q4-bf16", "q4", "mxfp4", "q3", "q2")
 PREFIXES = (4096, 131_072)  # that a Mac must have room for
+PLACES = {
+    common.ROOT / "README.md": ("recipes", "roofline", "step", "quality"),
+    common.ROOT / "benchmarks" / "README.md": ("ideas",),
+}
 
 
 def blocks(results: Path = RESULTS) -> dict[str, str]:
     """What belongs between the markers, by name."""
-    file = results / "step.json"
-    return {
-        "recipes": recipes(),
-        "roofline": roofline.readme_section() + "\n",
-        "step": step(checkpoint.read_json(file)) if file.exists() else "",
+    measured = {"step": ("step.json", step), "quality": ("recipes.json", quality), "ideas": ("ideas.json", idea_table)}
+    made = {
+        name: write(checkpoint.read_json(results / file)) if (results / file).exists() else ""
+        for name, (file, write) in measured.items()
     }
+    return {"recipes": recipes(), "roofline": roofline.readme_section() + "\n", **made}
 
 
 def place(text: str, name: str) -> tuple[int, int]:
-    """Where the block `name` begins and ends in a README. Errors: SystemExit when it has no place there."""
+    """Where the block `name` begins and ends in a text. Errors: SystemExit when it has no place there."""
     begin = re.search(rf"^<!-- {name}: begin.*?-->\n", text, re.MULTILINE)
     end = text.find(f"<!-- {name}: end -->")
     if begin is None or end < begin.end():
-        raise SystemExit(f"README has no place for the table: add <!-- {name}: begin --> and <!-- {name}: end -->.")
+        raise SystemExit(f"There is no place for the table: add <!-- {name}: begin --> and <!-- {name}: end -->.")
     return begin.end(), end
 
 
 def written(text: str, tables: dict[str, str]) -> str:
-    """A README with the blocks in their places."""
+    """A text with the blocks in their places."""
     for name, table in tables.items():
         begin, end = place(text, name)
         text = text[:begin] + table + text[end:]
@@ -108,8 +114,34 @@ def _step_notes(document: dict[str, Any]) -> str:
     )
 
 
+def quality(document: dict[str, Any]) -> str:
+    """What each recipe keeps of the built-in model, from a document of benchmarks/recipes.py."""
+    seeds = len(document["seeds"])
+    return (
+        f"{measured_recipes.table(document['recipes'])}\n\n"
+        "The built-in model in each recipe, computed in float32. Left: at settled canvases with half of their tokens"
+        " replaced, against the\nunpacked model. Right: answers by the default sampler to"
+        f" {document['count']} held-out questions of each of five tasks under {seeds} seeds\n"
+        f"(`python -m benchmarks.recipes`, MLX {document['versions']['mlx']} on a CPU, {document['date'][:10]})."
+        " A million weights say little about 26 billion.\n"
+    )
+
+
+def idea_table(document: dict[str, Any]) -> str:
+    """What each exact idea brings, from a document of benchmarks/ideas.py."""
+    versions, machine = document["versions"], document["machine"]
+    return (
+        f"{ideas.table(document)}\n\n"
+        f"Behind {document['prefix']:,} tokens; MLX {versions['mlx']} on {machine['cores']} cores of"
+        f" {machine['processor']}, {document['date'][:10]}; medians of {document['runs']} runs.\n"
+    )
+
+
 def main() -> None:
-    README.write_text(written(README.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
+    tables = blocks()
+    for file, names in PLACES.items():
+        text = written(file.read_text(encoding="utf-8"), {name: tables[name] for name in names})
+        file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,13 @@ COMMANDS = [line.split("    #")[0] for kind, block in BLOCKS if kind == "sh" for
 
 def test_the_generated_tables_are_up_to_date() -> None:
     """Also that a table of measurements stands there if, and only if, its results file does."""
-    for name, table in readme.blocks().items():
-        begin, end = readme.place(README, name)
-        assert README[begin:end] == table, f"{name}: run python -m benchmarks.readme"
+    tables = readme.blocks()
+    assert sorted(tables) == sorted(name for names in readme.PLACES.values() for name in names)
+    for file, names in readme.PLACES.items():
+        text = file.read_text(encoding="utf-8")
+        for name in names:
+            begin, end = readme.place(text, name)
+            assert text[begin:end] == tables[name], f"{name}: run python -m benchmarks.readme"
 
 
 def test_a_table_of_measurements_comes_and_goes_with_its_file(tmp_path: Path) -> None:
