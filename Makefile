@@ -1,10 +1,9 @@
 # make demo, make test: each makes its own environment in .venv and needs only Python >= 3.11, git, make and a package index.
 PYTHON ?= python3
 BIN := .venv/bin
-# MLX's Linux wheel carries a slow BLAS of its own: use OpenBLAS where the system has it, and let its threads sleep
-# between products instead of spinning.
+# MLX's Linux wheel carries a slow BLAS of its own: use OpenBLAS where the system has it.
 BLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0))
-RUN := $(if $(BLAS),LD_PRELOAD=$(BLAS) OPENBLAS_THREAD_TIMEOUT=4) $(BIN)/python -m
+RUN := $(if $(BLAS),LD_PRELOAD=$(BLAS)) $(BIN)/python -m
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -43,8 +43,11 @@ class LayerCache:
             keys = mx.concatenate([self.keys[:, :, : self.length], keys], axis=2)
             values = mx.concatenate([self.values[:, :, : self.length], values], axis=2)
         self.length = 0
-        self._write(keys[:, :, -keep:], values[:, :, -keep:])
+        kept = self._write(keys[:, :, -keep:], values[:, :, -keep:])
         self.length = keep
+        keys, values = mx.depends(
+            [keys, values], list(kept)
+        )  # else MLX writes last, and holds every layer's until then
         return keys, values
 
     def look(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

@@ -17,7 +17,7 @@ from .masks import Mask, Plain, Window
 Memory = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 
 SORT_FROM = 64  # (token, expert) pairs from which sorting by expert pays
-SCORES = 1 << 26  # attention scores that may exist at once
+SCORES = 1 << 25  # attention scores that may exist at once
 
 
 @partial(mx.compile, shapeless=True)
