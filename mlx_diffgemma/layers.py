@@ -17,7 +17,7 @@ from .masks import Mask, Plain, Window
 Memory = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 
 SORT_FROM = 64  # (token, expert) pairs from which sorting by expert pays
-SCORES = 1 << 25  # attention scores that may exist at once
+SCORES = 1 << 26  # bytes of attention scores that may exist at once
 
 
 @partial(mx.compile, shapeless=True)
@@ -139,7 +139,7 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> m
     other, each with the keys it can see. A query's result is its own, so this changes nothing.
     """
     length, total = queries.shape[2], keys.shape[2]
-    step = max(SCORES // (queries.shape[1] * total), 1)
+    step = max(SCORES // (queries.shape[1] * total * queries.dtype.size), 1)
     if isinstance(mask, Window):
         pieces = list(mask.pieces(min(step, max(mask.window // 4, 1))))
     elif length <= step:

@@ -31,7 +31,7 @@ def test_pieces_change_nothing(
     q, k, v = arrays(*heads)
     whole = made.array() if isinstance(made, masks.Window) else made
     expected = mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=whole)
-    monkeypatch.setattr(layers, "SCORES", queries * heads[0] * (PREFIX + LENGTH))
+    monkeypatch.setattr(layers, "SCORES", 4 * queries * heads[0] * (PREFIX + LENGTH))
     assert mx.abs(layers.attend(q, k, v, made) - expected).max().item() < 1e-6
 
 
@@ -62,6 +62,6 @@ def test_few_scores_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     layers.attend(q, k, v, None)
     assert shapes == [(LENGTH, PREFIX + LENGTH)]
     shapes.clear()
-    monkeypatch.setattr(layers, "SCORES", 5 * 4 * (PREFIX + LENGTH))
+    monkeypatch.setattr(layers, "SCORES", 4 * 5 * 4 * (PREFIX + LENGTH))
     layers.attend(q, k, v, "causal")
     assert shapes == [(5, PREFIX + 5), (5, PREFIX + 10), (2, PREFIX + 12)]

@@ -18,7 +18,7 @@ def everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes at which a small model meets every idea."""
     monkeypatch.setattr(vocabulary, "TILE", 64)
     monkeypatch.setattr(vocabulary, "BLOCK", 16)
-    monkeypatch.setattr(layers, "SCORES", 512)
+    monkeypatch.setattr(layers, "SCORES", 2048)
     monkeypatch.setattr(layers, "SORT_FROM", 1)
 
 
