@@ -45,9 +45,8 @@ class LayerCache:
         self.length = 0
         kept = self._write(keys[:, :, -keep:], values[:, :, -keep:])
         self.length = keep
-        keys, values = mx.depends(
-            [keys, values], list(kept)
-        )  # else MLX writes last, and holds every layer's until then
+        # MLX would else write last, and hold every layer's joined keys and values until then.
+        keys, values = mx.depends([keys, values], list(kept))
         return keys, values
 
     def look(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

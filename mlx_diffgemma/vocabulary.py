@@ -1,8 +1,8 @@
 """The vocabulary pass: hidden states in; best, guess, entropy and signal out.
 
-The embedding table is walked once, in tiles: of [B, L, V] nothing larger than one tile ever exists. Running sums
-are kept about a running maximum, as in flash attention: the hidden states are the queries, the table is both
-the keys (the head's logits) and the values (the soft embedding).
+The embedding table is walked once, in tiles: of [B, L, V] nothing larger than one tile per stream ever exists. Each
+tile is summed about its own maximum and joined to the sums before it, as in flash attention: the hidden states are the
+queries, the table is both the keys (the head's logits) and the values (the soft embedding).
 """
 
 from collections.abc import Iterator, Sequence

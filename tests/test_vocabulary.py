@@ -1,6 +1,7 @@
 """The tiled walk over the vocabulary against the plain formulas in float64."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -81,6 +82,18 @@ def test_the_walk_is_the_plain_formula(name: str, tile: int) -> None:
     expected = (plain.cumulative <= np.array(draws)[..., None]).sum(-1)
     near = np.abs(plain.cumulative - np.array(draws)[..., None]).min(-1) < 1e-5  # either neighbour is right
     np.testing.assert_array_equal(np.array(reading.guess)[~near], expected[~near])
+
+
+def test_another_thread_reads_the_same() -> None:
+    """The CPU streams that share the tiles belong to the thread that asks."""
+    hidden, table, draws = hidden_of(1, 16), table_of(1024), mx.random.uniform(shape=(1, 16), key=mx.random.key(5))
+    mx.eval(hidden, table.weight, draws)
+
+    def guesses() -> list[int]:
+        return read(hidden, table, Shape(cap=CAP, temperature=0.5), draws, tile=256).guess.flatten().tolist()
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(guesses).result(timeout=60) == guesses()
 
 
 @pytest.mark.parametrize("name", ["float32-1000", "affine-4-by-64", "mxfp4-4-by-32", "nvfp4-4-by-16"])
