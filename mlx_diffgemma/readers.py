@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from .disk import reason
 from .errors import CheckpointError, ConfigError
-from .values import Fault, shown
+from .values import Fault, half_character, shown
 
 MAX_BYTES = 64_000_000  # of a file; the released tokenizer.json has 32 million
 MAX_DEPTH = 64  # of lists and objects in one another; the released config has 4
@@ -113,17 +113,6 @@ def _check_text(value: str, where: str, fault: Fault) -> None:
         raise fault(
             f"{where} holds half a character (U+{ord(value[place]):04X}) in {shown(value[max(place - 20, 0) :])}."
         )
-
-
-def half_character(value: str) -> int | None:
-    """Where a lone surrogate stands: half of a character, which no encoding can write."""
-    if value.isascii():
-        return None
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return error.start
-    return None
 
 
 def read_toml(file: Path, *, fault: Fault = ConfigError) -> dict[str, Any]:

@@ -66,6 +66,17 @@ def shown(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
+def half_character(value: str) -> int | None:
+    """Where a lone surrogate stands: half of a character, which no encoding can write."""
+    if value.isascii():
+        return None
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
 # ----------------------------------------------------------------------------------------------------------- kinds
 
 

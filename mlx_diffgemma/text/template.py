@@ -22,8 +22,9 @@ from jinja2.visitor import NodeTransformer
 from ..errors import TokenizerError
 from . import growth
 
-SECONDS = 10.0  # for one conversation; the released template takes a thousandth of a second
+SECONDS = 5.0  # for one conversation; the released template takes a thousandth of a second
 LARGEST = 16_000_000  # characters and entries of any one value, all that lies in it included
+TOGETHER = 1_000_000_000  # and of all values that are made on the way
 SOURCE = 1_000_000  # characters of a template; the released one has 17,000
 DIGITS = 4_000  # bits of an integer
 STRIDE = 64  # rounds of a loop between two looks at the clock
@@ -118,12 +119,23 @@ class _Clock(threading.local):
     """When the rendering of this thread must have ended."""
 
     def __init__(self) -> None:
-        self.end = time.monotonic() + SECONDS
+        self.end, self.made = 0.0, 0.0
+        self.begin()
+
+    def begin(self) -> None:
+        self.end, self.made = time.monotonic() + SECONDS, 0.0
+
+    def make(self, size: float) -> None:
+        """A value of this size is going to be made. Errors: _TooMuch."""
+        self.made += size
+        self.check(size)
 
     def check(self, size: float = 0) -> None:
-        """Errors: _TooMuch for a value of this size, or when the time is up."""
+        """Errors: _TooMuch for a value of this size, for too many values, or when the time is up."""
         if size > LARGEST:
             raise _TooMuch(f"values of more than {LARGEST:,} characters or entries")
+        if self.made > TOGETHER:
+            raise _TooMuch(f"values of more than {TOGETHER:,} characters or entries together")
         if time.monotonic() > self.end:
             raise _TooMuch(f"more than {SECONDS:.0f} seconds")
 
@@ -159,7 +171,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def begin(self) -> _Clock:
         """Start the clock for a rendering in this thread."""
-        self.clock.end = time.monotonic() + SECONDS
+        self.clock.begin()
         return self.clock
 
     def concat(self, pieces: Iterable[str]) -> str:  # pyright: ignore  # the output of a macro or block
@@ -169,13 +181,13 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super()._generate(_Counted().visit(source), *args, **options)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        self.clock.check(growth.after(operator, left, right))
+        self.clock.make(growth.after(operator, left, right))
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, function: Any, /, *args: Any, **options: Any) -> Any:  # pyright: ignore
         owner = getattr(function, "__self__", None)
         longer = isinstance(owner, str) and growth.LENGTHENS.get(function.__name__)
-        self.clock.check(longer(owner, *args, *options.values()) if longer else 0)
+        self.clock.make(longer(owner, *args, *options.values()) if longer else 0)
         return super().call(context, function, *args, **options)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -184,7 +196,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             return None
 
         def limited(*args: Any, **options: Any) -> str:
-            self.clock.check(growth.formatted(value.__self__, *args, *options.values()))
+            self.clock.make(growth.formatted(value.__self__, *args, *options.values()))
             return checked(*args, **options)
 
         return functools.update_wrapper(limited, value)
@@ -198,7 +210,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if name in growth.WRITES:
                 self.clock.weigh(args[first])
             longer = growth.LENGTHENS.get(name)
-            self.clock.check(longer(*args[first:], *options.values()) if longer else 0)
+            self.clock.make(longer(*args[first:], *options.values()) if longer else 0)
             return function(*args, **options)
 
         return guarded
