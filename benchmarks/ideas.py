@@ -22,8 +22,8 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks import common, step
-from mlx_diffgemma import vocabulary
 from mlx_diffgemma.bench import WITHOUT, plain
+from mlx_diffgemma.generation import vocabulary
 
 WORKS = {
     "step": ("tiles", "streams", "in-place", "sorted-experts"),

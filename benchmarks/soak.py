@@ -22,7 +22,7 @@ import mlx.core as mx
 
 import mlx_diffgemma
 from benchmarks import common
-from mlx_diffgemma.pipeline import DiffusionGemma, Prompt
+from mlx_diffgemma.pipeline.model import DiffusionGemma, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)

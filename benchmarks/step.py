@@ -34,10 +34,12 @@ from mlx_vlm.models.diffusion_gemma import ModelConfig as PeerConfig
 from mlx_vlm.models.diffusion_gemma import language as peer_language
 
 from benchmarks import common, generate, roofline
-from mlx_diffgemma import checkpoint, sampler, vocabulary
-from mlx_diffgemma.config import GenerationConfig, ModelConfig
-from mlx_diffgemma.network import Network
-from mlx_diffgemma.noise import SeededNoise
+from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.files import checkpoint
+from mlx_diffgemma.generation import sampler, vocabulary
+from mlx_diffgemma.generation.noise import SeededNoise
+from mlx_diffgemma.generation.settings import GenerationConfig
+from mlx_diffgemma.model.network import Network
 
 STEPS, STEP = 48, 10  # a step in the middle of the schedule
 SETTINGS = GenerationConfig()

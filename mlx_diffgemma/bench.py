@@ -1,25 +1,20 @@
 """`mlx_diffgemma.bench`: the same prompts on every machine, one JSON file, and a table to compare two of them."""
 
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import __version__
 from .cli import command, model_options, open_model
 from .errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
-    from .pipeline import DiffusionGemma
+    from .pipeline.model import DiffusionGemma
 
 PASSAGE = (
     "A lighthouse keeper writes down the weather four times a day: the wind, the state of the sea, the height of the"
@@ -77,6 +72,8 @@ def main(
         raise ConfigError(f"cannot write {output}: there is no folder {target.parent}.")
     begun = time.perf_counter()
     loaded = open_model(source)
+    from .proof.machine import machine
+
     about = machine() | describe(loaded, source.get("model")) | {"load_seconds": time.perf_counter() - begun}
     found: dict[str, Any] = {}
     with plain(*without):
@@ -96,7 +93,8 @@ def plain(*without: str) -> Iterator[None]:
     """Leave out these ideas of WITHOUT, for as long as the context lasts. The same tokens come out."""
     import mlx.core as mx
 
-    from . import cache, layers, masks, vocabulary
+    from .generation import vocabulary
+    from .model import cache, layers, masks
 
     def look(self: cache.LayerCache, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         if self.keys is None or self.values is None:
@@ -132,8 +130,8 @@ def measure(model: "DiffusionGemma", prompt: str, tokens: int, repeat: int) -> d
 
 
 def _run(model: "DiffusionGemma", prompt: str, tokens: int, seed: int) -> dict[str, Any]:
-    from .engine import Committed, Finished
-    from .render import statistics_json
+    from .generation.events import Committed, Finished
+    from .pipeline.results import statistics_json
 
     begun, first, result = time.perf_counter(), 0.0, None
     for event in model.stream(prompt, seed=seed, max_tokens=tokens):
@@ -153,45 +151,17 @@ def _run(model: "DiffusionGemma", prompt: str, tokens: int, seed: int) -> dict[s
     }
 
 
-def machine() -> dict[str, Any]:
-    """Chip, memory, system and versions."""
-    from importlib.metadata import version
-
-    import mlx.core as mx
-
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "chip": _chip(),
-        "memory_bytes": memory,
-        "cores": os.cpu_count(),
-        "system": f"macOS {platform.mac_ver()[0]}" if platform.system() == "Darwin" else platform.platform(terse=True),
-        "python": platform.python_version(),
-        "mlx": version("mlx"),
-        "device": str(mx.default_device()),
-        "preload": os.environ.get("LD_PRELOAD"),
-        "mlx_diffgemma": __version__,
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _chip() -> str:
-    if platform.system() == "Darwin":
-        return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-
-
 def describe(model: "DiffusionGemma", name: str | None) -> dict[str, Any]:
     """Which weights: name, recipe (the default packing, if packed), parameters and their bytes."""
-    from mlx.utils import tree_flatten
+    from .model.memory import leaves, weight_bytes
 
-    arrays = list(dict(tree_flatten(model.network.parameters())).values())
+    arrays = list(leaves(model.network.parameters()).values())
     packing = model.config.quantization or {}
     recipe = {key: packing[key] for key in ("bits", "group_size", "mode") if key in packing}
     return {
         "model": Path(name).name if name else "built-in",
         "recipe": recipe or str(arrays[0].dtype).removeprefix("mlx.core."),
-        "weight_bytes": sum(array.nbytes for array in arrays),
+        "weight_bytes": weight_bytes(model.network),
         "canvas_length": model.config.canvas_length,
     }
 

@@ -13,10 +13,10 @@ from .cli import command, generation_options, model_options, open_model
 from .errors import PromptError
 
 if TYPE_CHECKING:
-    from .noise import SeededNoise
-    from .pipeline import DiffusionGemma
-    from .render import Sink
-    from .tokenizer import Message
+    from .generation.noise import SeededNoise
+    from .pipeline.model import DiffusionGemma
+    from .terminal.sinks import Sink
+    from .text.tokenizer import Message
 
 EXAMPLE = "Solve this Sudoku:\n63. ...\n.15 63.\n.56 2..\n.21 ..5\n... 5..\n... 34."
 
@@ -58,38 +58,40 @@ def main(
     if noise and save_noise:
         raise click.UsageError("--noise has its noise already: --save-noise would only copy it.")
     asked, chosen = conversation(EXAMPLE if example else prompt, messages, system_prompt), dict(options)
-    from . import render
-    from .noise import NoiseRecorder, RecordedNoise
+    from .generation.noise import NoiseRecorder, RecordedNoise
+    from .pipeline.results import result_json
+    from .terminal import recording as recordings
+    from .terminal import sinks as terminal
 
-    recording = render.Recording(record) if record else None  # before the model is loaded: it refuses bad names
+    recording = recordings.Recording(record) if record else None  # before the model is loaded: it refuses bad names
     talkative = not quiet and form is None
     loaded = open_model(source, quiet=not talkative)
     decode = loaded.tokenizer.decode
     if example and talkative:
         click.echo(EXAMPLE + "\n", err=True)
-    sinks: list[Sink] = [] if form == "json" else [render.on_stdout(decode, events=form == "events", bare=quiet)]
+    sinks: list[Sink] = [] if form == "json" else [terminal.on_stdout(decode, events=form == "events", bare=quiet)]
     if recording:
         recording.commit(asked[-1]["content"] + "\n\n")
-        sinks.append(render.Live(recording, decode, every_step=True))
+        sinks.append(terminal.Live(recording, decode, every_step=True))
     recorder = None
     if noise:
         options["noise"] = RecordedNoise.load(noise)
     elif save_noise:
         recorder = options["noise"] = NoiseRecorder(seeded(loaded, options))
     events = loaded.stream(asked, enable_thinking=thinking, **options)
-    events = render.paced(events, pace) if pace else events
-    result = render.show(render.with_thinking(events) if show_thinking else events, *sinks).result
+    events = terminal.paced(events, pace) if pace else events
+    result = terminal.show(terminal.with_thinking(events) if show_thinking else events, *sinks).result
     if recorder and save_noise:
         recorder.save(save_noise, prompt=asked, settings=dataclasses.asdict(loaded.generation_config) | chosen)
     if form == "json":
-        click.echo(json.dumps(render.result_json(result), ensure_ascii=False))
+        click.echo(json.dumps(result_json(result), ensure_ascii=False))
     elif talkative:
-        click.echo(render.summary(result), err=True)
+        click.echo(terminal.summary(result), err=True)
 
 
 def seeded(model: "DiffusionGemma", options: dict[str, Any]) -> "SeededNoise":
     """The noise a run with these options would use; takes the seed out of them."""
-    from .noise import SeededNoise
+    from .generation.noise import SeededNoise
 
     seed = options.pop("seed", None)
     seed = secrets.randbelow(2**32) if seed is None else seed
