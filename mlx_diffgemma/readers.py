@@ -134,7 +134,7 @@ def json_lines(file: Path, *, fault: Fault = ConfigError) -> Iterator[tuple[str,
     """
     try:
         with file.open("rb") as stream:
-            for number, raw in enumerate(stream, 1):
+            for number, raw in enumerate(iter(lambda: stream.readline(MAX_BYTES), b""), 1):
                 line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
                 if line.strip():
                     where = f"{file}:{number}"

@@ -119,7 +119,7 @@ def text(*, empty: bool = True, most: int | None = None) -> Kind:
     words = ("text" if empty else "text that is not empty") + (
         "" if most is None else f" of at most {most:,} characters"
     )
-    return _kind(words, lambda v: isinstance(v, str) and (empty or v.strip() != "") and len(v) <= (most or len(v)))
+    return _kind(words, lambda v: isinstance(v, str) and (empty or v != "") and len(v) <= (most or len(v)))
 
 
 def one_of(*values: Any) -> Kind:
