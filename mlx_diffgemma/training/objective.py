@@ -21,6 +21,7 @@ from mlx.utils import tree_unflatten
 from ..model.layers import Experts, Layer, geglu
 from ..model.memory import leaves
 from ..model.network import Network
+from ..model.tuning import Tuning
 
 FORBIDDEN = -1e9  # added to the scores of what may not be looked at
 LOGITS = 1 << 26  # entries of the logits that exist at a time
@@ -183,7 +184,7 @@ class AllExperts(Experts):
         nn.Module.__init__(self)
         self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
 
-    def __call__(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, experts: mx.array, weights: mx.array, tuning: Tuning) -> mx.array:
         into, out = self.gate_up_proj.weight, self.down_proj.weight  # [E, 2 M, H], [E, H, M]
         count = into.shape[0]
         chosen = experts[..., None] == mx.arange(count)  # [N, K, E]

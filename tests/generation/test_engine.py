@@ -133,9 +133,9 @@ def test_the_next_canvas_keeps_what_was_accepted_and_renoises_the_rest(network: 
     noise = SeededNoise([0], length=small.CANVAS, vocabulary=small.VOCABULARY)
     for event in run(network, PROMPT):
         if isinstance(event, Denoised):
-            fresh = noise.ids(event.canvas, event.step)
+            fresh = noise.ids(event.index, event.step)
             expected = mx.where(event.accepted, event.guess, fresh)
-            assert mx.array_equal(event.current, expected)
+            assert mx.array_equal(event.next_canvas, expected)
 
 
 def test_a_settled_row_keeps_everything_while_others_go_on(network: Network) -> None:
@@ -147,7 +147,7 @@ def test_a_settled_row_keeps_everything_while_others_go_on(network: Network) -> 
                 frozen += 1
                 assert after.settled[row]
                 assert mx.array_equal(before.best[row], after.best[row])
-                assert mx.array_equal(before.current[row], after.current[row])
+                assert mx.array_equal(before.next_canvas[row], after.next_canvas[row])
     assert frozen > 0
 
 
