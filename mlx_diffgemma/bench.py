@@ -143,7 +143,8 @@ def _run(model: "DiffusionGemma", prompt: str, tokens: int, seed: int) -> dict[s
 
 def describe(model: "DiffusionGemma", name: str | None) -> dict[str, Any]:
     """Which weights: name, recipe (the default packing, if packed), parameters and their bytes."""
-    from .model.memory import leaves, weight_bytes
+    from .model.memory import weight_bytes
+    from .model.network import leaves
 
     arrays = list(leaves(model.network.parameters()).values())
     packing = model.config.quantization or {}

@@ -119,13 +119,18 @@ class SlidingLayer:
         self._arrays: tuple[mx.array, ...] = ()
 
     @property
+    def kept(self) -> int:
+        """The most positions that are kept."""
+        return self.window - 1
+
+    @property
     def length(self) -> int:
-        """Positions kept: at most window − 1."""
+        """Positions that are kept now."""
         return self._end - self._start
 
     def append(self, keys: mx.array, values: mx.array) -> KeysValues:
         """Add [B, heads, T, D] to the prefix; returns what these T tokens may see (then masked causally)."""
-        count, keep = keys.shape[2], self.window - 1
+        count, keep = keys.shape[2], self.kept
         if self.length + count <= keep + self.room:
             seen = self._write(keys, values)
             self._end += count
@@ -168,7 +173,7 @@ class SlidingLayer:
         if not self._arrays or self._end + count > self._arrays[0].shape[2]:
             held = self.held or (None, None)
             end = self.length + count
-            capacity = max(min(self.window - 1, _rounded(max(end, self.wanted))) + self.room, end)
+            capacity = max(min(self.kept, _rounded(max(end, self.wanted))) + self.room, end)
             self._start, self._end = 0, self.length
             self._arrays = tuple(_roomier(old, capacity, like) for old, like in zip(held, new, strict=True))
         self._arrays = tuple(_written(old, self._end, part) for old, part in zip(self._arrays, new, strict=True))

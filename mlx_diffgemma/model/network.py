@@ -5,9 +5,11 @@ The two share everything but one scalar per layer (transformers DiffusionGemmaMo
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..config import ModelConfig
 from . import masks
@@ -136,3 +138,9 @@ class Network(nn.Module):
         """Softcapped float32 logits [B, L, V] of one denoising step (transformers forward); for tests and tools."""
         signal = None if self_conditioning_logits is None else self.soft_embedding(self_conditioning_logits)
         return self.head(self.denoise(canvas, cache, signal))
+
+
+def leaves(tree: dict[str, Any]) -> dict[str, mx.array]:
+    """The arrays of a tree of parameters, by dotted name."""
+    flat: Any = tree_flatten(tree)
+    return dict(flat)

@@ -45,7 +45,7 @@ def test_the_order_of_events(network: Network) -> None:
     events = run(network, PROMPT)
     kinds = [type(e) for e in events if not isinstance(e, Denoised)]
     assert kinds == [Prefilled, Committed, Committed, Committed, Finished]
-    steps = [(e.canvas, e.step) for e in events if isinstance(e, Denoised)]
+    steps = [(e.index, e.step) for e in events if isinstance(e, Denoised)]
     assert steps == sorted(steps) and steps[0] == (0, 0)
     assert {canvas for canvas, _ in steps} == {0, 1, 2}
 
@@ -117,7 +117,7 @@ def test_avoid_empty_forbids_stop_ids_at_the_first_position_only(network: Networ
     first = tokens(run(network, PROMPT))[0]
     events = run(network, PROMPT, stop_ids=(first,), avoid_empty=True)
     steps = [e for e in events if isinstance(e, Denoised)]
-    assert all(e.best[0, 0].item() != first and e.guess[0, 0].item() != first for e in steps if e.canvas == 0)
+    assert all(e.best[0, 0].item() != first and e.guess[0, 0].item() != first for e in steps if e.index == 0)
     assert len(tokens(events)) > 0
     assert finished(events).statistics.departures == {"avoid_empty": True}
 
@@ -143,7 +143,7 @@ def test_a_settled_row_keeps_everything_while_others_go_on(network: Network) -> 
     frozen = 0
     for before, after in itertools.pairwise(events):
         for row in range(4):
-            if before.canvas == after.canvas and before.settled[row]:
+            if before.index == after.index and before.settled[row]:
                 frozen += 1
                 assert after.settled[row]
                 assert mx.array_equal(before.best[row], after.best[row])

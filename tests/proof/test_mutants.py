@@ -245,14 +245,18 @@ def partial_rotation_divides_by_its_own_size(net: Network, patch: Patch) -> None
             layer.self_attn._periods = mx.concatenate([layers.periods(part), still])
 
 
+def keep_more(patch: Patch, positions: int) -> None:
+    patch.setattr(cache.SlidingLayer, "kept", property(lambda self: self.window - 1 + positions))
+
+
 @mutant
 def window_is_one_too_wide(net: Network, patch: Patch) -> None:
-    patch.setattr(cache, "length_limit", lambda window: 1 << 62 if window is None else window)
+    keep_more(patch, 1)
 
 
 @mutant
 def window_is_one_too_narrow(net: Network, patch: Patch) -> None:
-    patch.setattr(cache, "length_limit", lambda window: 1 << 62 if window is None else window - 2)
+    keep_more(patch, -1)
 
 
 def causal_with(patch: Patch, change: Callable[[int | None], int | None]) -> None:
@@ -316,7 +320,10 @@ def a_chunk_forgets_the_ones_before(net: Network, patch: Patch) -> None:
 
     def encode(self: Network, tokens: mx.array, prefix: cache.PrefixCache) -> mx.array:
         for layer in prefix.layers:
-            layer.length = 0
+            if isinstance(layer, cache.FullLayer):
+                layer.length = 0
+            else:
+                layer._start = layer._end
         return original(self, tokens, prefix)
 
     patch.setattr(Network, "encode", encode)
@@ -484,7 +491,7 @@ def history_includes_the_present(patch: Patch) -> None:
 
 @loop_mutant
 def settled_rows_go_on(patch: Patch) -> None:
-    patch.setattr(engine, "_keep", lambda done, old, new: new)
+    patch.setattr(engine._Canvas, "_keep", lambda self, old, new: new)
 
 
 @loop_mutant

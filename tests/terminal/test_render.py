@@ -291,7 +291,7 @@ def test_at_most_fifteen_frames_a_second_and_arrays_are_read_only_to_be_drawn(cl
     frames, array = Frames(), Counted()
     sink = sinks.Live(frames, decode)
     event = denoised([1, 2], [True, False], [0.0, 1.0])
-    event = Denoised(**(vars(event) | dict.fromkeys(("best", "current", "accepted", "entropy"), array)))
+    event = Denoised(**(vars(event) | dict.fromkeys(("best", "next_canvas", "accepted", "entropy"), array)))
     for _ in range(1000):
         clock(0.01)
         sink(event)
