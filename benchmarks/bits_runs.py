@@ -155,7 +155,7 @@ def _stream(events: Any, where: str = "") -> Iterator[Record]:
         if type(event).__name__ == "Denoised":
             names = ("best", "guess", "accepted", "entropy", "settled")
             yield (
-                f"{where}canvas {event.canvas}, step {event.step}",
+                f"{where}canvas {getattr(event, 'index', None) if hasattr(event, 'index') else event.canvas}, step {event.step}",
                 {name: np.array(getattr(event, name)) for name in names},
             )
         elif type(event).__name__ == "Finished":
