@@ -1,13 +1,12 @@
 """What runs need in bytes, what a machine lends, and which Mac has so much."""
 
 import os
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from ..config import ModelConfig
+from .network import leaves
 
 # Memory of a Mac (GiB), and the share Metal lends one process unless iogpu.wired_limit_mb says otherwise.
 MACS = (16, 18, 24, 32, 36, 48, 64, 96, 128)
@@ -48,9 +47,3 @@ def machine_limit() -> int:
 def weight_bytes(network: nn.Module) -> int:
     """Bytes of all parameters."""
     return sum(array.nbytes for array in leaves(network.parameters()).values())
-
-
-def leaves(tree: dict[str, Any]) -> dict[str, mx.array]:
-    """The arrays of a tree of parameters, by dotted name."""
-    flat: Any = tree_flatten(tree)
-    return dict(flat)
