@@ -144,7 +144,7 @@ def visible(folder: Path, pattern: str = "*") -> list[Path]:
 
 
 @contextmanager
-def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+def replacing(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     """A stream for the whole new content of `path`: written beside it, flushed to the disk, and renamed at the end.
 
     `mode` is "wb", or "w" for UTF-8 text. Until the end the old file stays as it is; when the block fails, so does it
@@ -173,7 +173,7 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 @contextmanager
-def replacing_folder(path: str | Path) -> Iterator[Path]:
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """An empty folder beside `path`, which takes its name (and its place) at the end, and is removed on failure.
 
     Errors: OSError.

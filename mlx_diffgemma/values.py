@@ -89,29 +89,30 @@ def _kind(expected: str, good: Callable[[Any], bool], make: Callable[[Any], Any]
     return Kind(expected, take)
 
 
-def _bounds(least: float | None, above: float | None, most: float | None) -> str:
-    low = f" of at least {least:g}" if least is not None else f" above {above:g}" if above is not None else ""
-    high = "" if most is None else f"{' and' if low else ' of'} at most {most:,g}"
-    return low + high
+def _number(word: str, types: tuple[type, ...], least: Any, above: Any, most: Any) -> Kind:
+    low = f" of at least {least:,}" if least is not None else f" above {above:,}" if above is not None else ""
+    words = "a positive integer" if (word, least) == ("an integer", 1) else word + low
 
+    def take(value: Any) -> Any:
+        if type(value) not in types or abs(value) > 1e300 or not math.isfinite(value):
+            raise Unfit(words, value)
+        if (least is not None and value < least) or (above is not None and value <= above):
+            raise Unfit(words, value)
+        if most is not None and value > most:
+            raise Unfit(f"{word} of at most {most:,}", value)
+        return value
 
-def _within(value: float, least: float | None, above: float | None, most: float | None) -> bool:
-    return (least is None or value >= least) and (above is None or value > above) and (most is None or value <= most)
+    return Kind(words, take)
 
 
 def integer(*, least: int | None = None, most: int | None = None) -> Kind:
     """A whole number; 16.0 is none, nor is true."""
-    words = "a positive integer" if least == 1 and most is None else f"an integer{_bounds(least, None, most)}"
-    return _kind(words, lambda v: type(v) is int and _within(v, least, None, most))
+    return _number("an integer", (int,), least, None, most)
 
 
 def number(*, least: float | None = None, above: float | None = None, most: float | None = None) -> Kind:
-    """A finite number, as a float unless it was an integer."""
-
-    def good(v: Any) -> bool:
-        return type(v) in (int, float) and abs(v) < 1e300 and math.isfinite(v) and _within(v, least, above, most)
-
-    return _kind(f"a number{_bounds(least, above, most)}", good)
+    """A finite number, whole or not."""
+    return _number("a number", (int, float), least, above, most)
 
 
 def text(*, empty: bool = True, most: int | None = None) -> Kind:
@@ -261,9 +262,10 @@ class Table:
         return read
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence to put behind an error about an unknown name: the likeliest one, or all of them."""
+def nearest(name: str, known: Iterable[str], *, all_of_them: bool = True) -> str:
+    """A sentence to put behind an error about an unknown name: the likeliest one, or else all of them."""
     import difflib
 
-    close = difflib.get_close_matches(name, sorted(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
+    if close := difflib.get_close_matches(name, sorted(known), n=1):
+        return f" Did you mean {close[0]!r}?"
+    return f" Known: {', '.join(sorted(known))}." if all_of_them else ""

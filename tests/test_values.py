@@ -46,10 +46,10 @@ TABLE = Table(
     ("values", "words"),
     [
         ([], "c.json is [], expected an object"),
-        ({}, "c.json: size is null, expected an integer of at least 1 and at most 100"),
+        ({}, "c.json: size is null, expected a positive integer"),
         ({"size": None}, "c.json: size is null"),
-        ({"size": 0}, "c.json: size is 0, expected an integer of at least 1"),
-        ({"size": 101}, "c.json: size is 101"),
+        ({"size": 0}, "c.json: size is 0, expected a positive integer"),
+        ({"size": 101}, "c.json: size is 101, expected an integer of at most 100"),
         ({"size": 10**30}, "c.json: size is 1000000000000000000000000000000"),
         ({"size": 16.0}, "c.json: size is 16.0"),
         ({"size": "16"}, "c.json: size is '16'"),

@@ -85,7 +85,7 @@ class RecordedNoise:
             )
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "RecordedNoise":
+    def load(cls, path: str | os.PathLike[str]) -> "RecordedNoise":
         """Read a file written by `NoiseRecorder.save` or by convert/record_reference.py. Errors: NoiseError."""
         try:
             with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
@@ -146,7 +146,7 @@ class NoiseRecorder:
         self._steps[purpose, index, step] = np.array(array)
         return array
 
-    def save(self, path: str | os.PathLike, **provenance: object) -> None:
+    def save(self, path: str | os.PathLike[str], **provenance: object) -> None:
         """Write what was used; `provenance` goes in as JSON. What was at `path` is replaced at the end."""
         canvas = np.stack([self._canvases[c] for c in sorted(self._canvases)])
         steps = 1 + max(step for _, _, step in self._steps)
