@@ -15,6 +15,10 @@ A case is a folder, a change to it, and a command or a few lines of Python, run 
     hang      over 20 seconds of processor time
 """
 
+# ruff: noqa: E501, SIM115
+# fmt: off
+# (a case stands on one line)
+
 import contextlib
 import importlib
 import json
@@ -29,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -338,7 +342,7 @@ def option_cases() -> None:
         for value in values:
             base = ("generate", "-q", "--seed", "1", "--max-tokens", "8") if option not in ("--seed", "--max-tokens") else ("generate", "-q")
             base += () if option == "--messages" else ("--prompt", "Sort: b, a")
-            add(kind, f"generate {option} {ascii(value)}", *base, option, value, names=(option, option.strip("-").replace("-", "_"), value if value.strip("./") and len(value) > 4 else option))
+            add(kind, f"generate {option} {value!a}", *base, option, value, names=(option, option.strip("-").replace("-", "_"), value if value.strip("./") and len(value) > 4 else option))
     for args, names in [
         (("generate",), ("prompt",)), (("generate", "--prompt", ""), ("prompt",)), (("generate", "--prompt", "   "), ("prompt",)), (("generate", "--prompt", "@absent.txt"), ("absent.txt",)), (("generate", "--prompt", "@."), (".", "prompt")),
         (("generate", "--prompt", "x", "--messages", "m.json"), ("--messages",)), (("generate", "--prompt", "x", "--json", "--show-thinking"), ("--show-thinking",)), (("generate", "--prompt", "x", "--noise", "a", "--save-noise", "b"), ("--save-noise", "--noise")),

@@ -51,7 +51,7 @@ def print_plan(config: ModelConfig, recipe: Recipe, planned: "Sequence[Planned]"
 
 
 def _warn(recipe: Recipe, planned: "Sequence[Planned]") -> None:
-    from .files.checkpoint import families
+    from .files.folder import families
 
     if recipe.dtype == "float16":
         click.echo("Warning: Gemma's activations can overflow float16 and turn into NaN; bfloat16 is safe.", err=True)

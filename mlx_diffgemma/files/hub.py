@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..config import RELEASED
 from ..errors import CheckpointError, ConfigError, TrainingError
+from .folder import SIDECARS
 
 PACKS = tuple(f"mlx-community/diffusiongemma-26B-A4B-it-{kind}" for kind in ("4bit", "8bit", "bf16"))
 
@@ -43,7 +44,7 @@ def _download(repo: str, revision: str | None, weights: bool) -> Path:
 
     from huggingface_hub import errors, snapshot_download
 
-    patterns = ["*.json", "*.jinja", "tokenizer.model"] + (["model*.safetensors"] if weights else [])
+    patterns = ["*.json", "*.jinja", "tokenizer.model"] + (["model*.safetensors", *SIDECARS] if weights else [])
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError:

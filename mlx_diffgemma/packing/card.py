@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..config import RELEASED
-from ..files.checkpoint import Checkpoint, read_json
+from ..files.checkpoint import Checkpoint
 from ..generation.settings import GenerationConfig
+from ..readers import read_json
 from .plan import sizes
 
 if TYPE_CHECKING:
