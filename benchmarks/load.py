@@ -55,9 +55,9 @@ begun = time.perf_counter()
 OURS = """
 from mlx_diffgemma import load
 seconds["import"] = time.perf_counter() - begun
-from mlx_diffgemma import pipeline
-timed(pipeline.checkpoint, "load_network", "model")
-timed(pipeline.Tokenizer, "load", "tokenizer")
+from mlx_diffgemma.pipeline import loading
+timed(loading.weights, "load_network", "model")
+timed(loading.Tokenizer, "load", "tokenizer")
 """
 THEIRS = """
 from mlx_vlm import load

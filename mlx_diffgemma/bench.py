@@ -4,7 +4,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from .cli import command, model_options, open_model
 from .errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
+    from .model.tuning import Tuning
     from .pipeline.model import DiffusionGemma
 
 PASSAGE = (
@@ -76,51 +77,37 @@ def main(
 
     about = machine() | describe(loaded, source.get("model")) | {"load_seconds": time.perf_counter() - begun}
     found: dict[str, Any] = {}
-    with plain(*without):
-        for name in only or PROMPTS:
-            try:
-                found[name] = measure(loaded, *PROMPTS[name], repeat)
-            except PromptError as error:  # a prompt longer than a small model's context
-                found[name] = {"left_out": str(error)}
+    leave_out(loaded, without)
+    for name in only or PROMPTS:
+        try:
+            found[name] = measure(loaded, *PROMPTS[name], repeat)
+        except PromptError as error:  # a prompt longer than a small model's context
+            found[name] = {"left_out": str(error)}
     report = about | {"without": list(without), "prompts": found}
     target.write_text(json.dumps(report, indent=1) + "\n")
     _table(report)
     click.echo(f"Written to {output}. To compare: mlx_diffgemma.bench --compare {output} OTHER.json")
 
 
-@contextmanager
-def plain(*without: str) -> Iterator[None]:
-    """Leave out these ideas of WITHOUT, for as long as the context lasts. The same tokens come out."""
-    import mlx.core as mx
+def leave_out(model: "DiffusionGemma", without: tuple[str, ...]) -> None:
+    """Have a model work without these ideas of WITHOUT. The same tokens come out."""
+    model.network.tuning = plain_tuning(model.network.tuning, without)
+    if "sparse-signal" in without:
+        model.generation_config = model.generation_config.replace(sparse_signal=False)
 
-    from .generation import vocabulary
-    from .model import cache, layers, masks
 
-    def look(self: cache.LayerCache, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if self.keys is None or self.values is None:
-            return keys, values
-        prefix = slice(None), slice(None), slice(self.length)
-        return mx.concatenate([self.keys[prefix], keys], 2), mx.concatenate([self.values[prefix], values], 2)
-
-    pieces = masks.Window.pieces
+def plain_tuning(tuning: "Tuning", without: tuple[str, ...]) -> "Tuning":
+    """The tuning that leaves out these ideas of WITHOUT; the sparse signal is an option of a run instead."""
     many = 1 << 62
-    changes: dict[str, list[tuple[Any, str, Any]]] = {
-        "tiles": [(vocabulary, "TILE", many)],
-        "streams": [(vocabulary, "STREAMS", vocabulary.STREAMS[:1])],
-        "sparse-signal": [(vocabulary, "soft_rows", lambda reading, table: mx.ones(reading.tail.shape, mx.bool_))],
-        "in-place": [(cache.LayerCache, "look", look)],
-        "pieces": [(layers, "SCORES", many), (masks.Window, "pieces", lambda self, step: pieces(self, self.length))],
-        "sorted-experts": [(layers, "SORT_FROM", many)],
+    changes: dict[str, dict[str, Any]] = {
+        "tiles": {"tile": many},
+        "streams": {"streams": 1},
+        "sparse-signal": {},
+        "in-place": {"write_in_place": False},
+        "pieces": {"scores": many, "skip_hidden_keys": False},
+        "sorted-experts": {"sort_from": many},
     }
-    chosen = [change for name in without for change in changes[name]]
-    before = [(owner, attribute, getattr(owner, attribute)) for owner, attribute, _ in chosen]
-    try:
-        for owner, attribute, value in chosen:
-            setattr(owner, attribute, value)
-        yield
-    finally:
-        for owner, attribute, value in before:
-            setattr(owner, attribute, value)
+    return replace(tuning, **{field: value for name in without for field, value in changes[name].items()})
 
 
 def measure(model: "DiffusionGemma", prompt: str, tokens: int, repeat: int) -> dict[str, Any]:
@@ -130,9 +117,12 @@ def measure(model: "DiffusionGemma", prompt: str, tokens: int, repeat: int) -> d
 
 
 def _run(model: "DiffusionGemma", prompt: str, tokens: int, seed: int) -> dict[str, Any]:
+    import mlx.core as mx
+
     from .generation.events import Committed, Finished
     from .pipeline.results import statistics_json
 
+    mx.reset_peak_memory()
     begun, first, result = time.perf_counter(), 0.0, None
     for event in model.stream(prompt, seed=seed, max_tokens=tokens):
         if isinstance(event, Committed):
@@ -140,7 +130,7 @@ def _run(model: "DiffusionGemma", prompt: str, tokens: int, seed: int) -> dict[s
         elif isinstance(event, Finished):
             result = event.result
     assert result is not None  # the last event is Finished
-    told = statistics_json(result.stats)
+    told = statistics_json(result.statistics)
     return told | {
         "seed": seed,
         "seconds": time.perf_counter() - begun,
@@ -153,7 +143,8 @@ def _run(model: "DiffusionGemma", prompt: str, tokens: int, seed: int) -> dict[s
 
 def describe(model: "DiffusionGemma", name: str | None) -> dict[str, Any]:
     """Which weights: name, recipe (the default packing, if packed), parameters and their bytes."""
-    from .model.memory import leaves, weight_bytes
+    from .model.memory import weight_bytes
+    from .model.network import leaves
 
     arrays = list(leaves(model.network.parameters()).values())
     packing = model.config.quantization or {}

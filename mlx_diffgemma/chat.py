@@ -57,10 +57,9 @@ class Talk:
     def answer(self, text: str) -> None:
         from .terminal import sinks
 
-        events = self.chat.stream(text)
+        stdout = sinks.on_stdout(self.model.tokenizer.decode, show_thinking=self.show_thinking)
         try:
-            shown = sinks.with_thinking(events) if self.show_thinking else events
-            self.last = sinks.show(shown, sinks.on_stdout(self.model.tokenizer.decode)).result
+            self.last = sinks.show(self.chat.stream(text), stdout).result
         except KeyboardInterrupt:
             click.echo("(stopped: this turn is forgotten)", err=True)
 

@@ -82,27 +82,10 @@ class ModelConfig:
             )
         text = config["text_config"]
         layers = _layers(text)
-        known = {f.name for f in dataclasses.fields(cls)} | HARMLESS | _CHECKED.keys() | _GEOMETRY
-        for where, keys in (("", config), ("text_config.", text)):
-            for key in keys:
-                if key not in known and where + key not in ignore_keys:
-                    raise ConfigError(
-                        f"config.json has a key this version does not know: {where}{key} = {keys[key]!r}.\n"
-                        f"Update mlx-diffgemma, or pass --ignore-key {where}{key} if you know it is harmless."
-                    )
-        for key, allowed in _CHECKED.items():
-            if text.get(key, allowed[0]) not in allowed:
-                expected = " or ".join(map(repr, allowed))
-                raise ConfigError(f"config.json: text_config.{key} is {text[key]!r}, expected {expected}.")
-        if config.get("tie_word_embeddings", True) is not True:
-            raise ConfigError("config.json: tie_word_embeddings is false; DiffusionGemma ties its head and embedding.")
-        eos = config.get("eos_token_id", text.get("eos_token_id", cls.eos_token_ids))
-        required = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads")
-        required += ("num_experts", "top_k_experts", "sliding_window")
-        optional = ("max_position_embeddings", "rms_norm_eps", "final_logit_softcapping", "bos_token_id")
-        optional += ("pad_token_id",)
-        values = {key: _positive(text, key) for key in required}
-        values |= {key: _number(text, key) for key in optional if text.get(key) is not None}
+        _refuse_unknown_keys(config, text, {f.name for f in dataclasses.fields(cls)}, ignore_keys)
+        _refuse_other_maths(config, text)
+        values = {key: _positive(text, key) for key in _REQUIRED}
+        values |= {key: _number(text, key) for key in _OPTIONAL if text.get(key) is not None}
         canvas = {"canvas_length": config.get("canvas_length") or cls.canvas_length}
         vision = config.get("vision_config")
         check("config.json: vision_config", vision, vision is None or isinstance(vision, dict), "an object or null")
@@ -114,13 +97,18 @@ class ModelConfig:
             **values,
             layers=layers,
             canvas_length=_positive(canvas, "canvas_length"),
-            eos_token_ids=ids_of(eos),
+            eos_token_ids=ids_of(config.get("eos_token_id", text.get("eos_token_id", cls.eos_token_ids))),
             image_token_id=config.get("image_token_id"),
             vision=vision,
             quantization=config.get("quantization") or config.get("quantization_config"),
         )
 
 
+_REQUIRED = """
+    vocab_size hidden_size intermediate_size moe_intermediate_size num_attention_heads num_experts top_k_experts
+    sliding_window
+""".split()
+_OPTIONAL = "max_position_embeddings rms_norm_eps final_logit_softcapping bos_token_id pad_token_id".split()
 # Values with only one meaning in this code: anything else is another model.
 _CHECKED: dict[str, tuple[Any, ...]] = {
     "hidden_activation": ("gelu_pytorch_tanh",),
@@ -144,6 +132,28 @@ _DEFAULT_ROPE = {
 }
 
 
+def _refuse_unknown_keys(
+    config: dict[str, Any], text: dict[str, Any], fields: set[str], ignore_keys: tuple[str, ...]
+) -> None:
+    known = fields | HARMLESS | _CHECKED.keys() | _GEOMETRY
+    for where, keys in (("", config), ("text_config.", text)):
+        for key in keys:
+            if key not in known and where + key not in ignore_keys:
+                raise ConfigError(
+                    f"config.json has a key this version does not know: {where}{key} = {keys[key]!r}.\n"
+                    f"Update mlx-diffgemma, or pass --ignore-key {where}{key} if you know it is harmless."
+                )
+
+
+def _refuse_other_maths(config: dict[str, Any], text: dict[str, Any]) -> None:
+    for key, allowed in _CHECKED.items():
+        if text.get(key, allowed[0]) not in allowed:
+            expected = " or ".join(map(repr, allowed))
+            raise ConfigError(f"config.json: text_config.{key} is {text[key]!r}, expected {expected}.")
+    if config.get("tie_word_embeddings", True) is not True:
+        raise ConfigError("config.json: tie_word_embeddings is false; DiffusionGemma ties its head and embedding.")
+
+
 def _positive(text: dict[str, Any], key: str) -> int:
     value = text.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -164,7 +174,12 @@ def ids_of(value: Any) -> tuple[int, ...]:
 
 
 def _layers(text: dict[str, Any]) -> tuple[LayerConfig, ...]:
-    """Per-layer geometry; `per_layer_config` (transformers 5.23) wins over `global_*` (released)."""
+    """Every layer's attention, the first one first."""
+    kinds = _kinds(text)
+    return tuple(_layer(text, i, kind) for i, kind in enumerate(kinds))
+
+
+def _kinds(text: dict[str, Any]) -> list[str]:
     count = _positive(text, "num_hidden_layers")
     kinds = text.get("layer_types") or [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(count)]
     if len(kinds) != count or any(kind not in (SLIDING, FULL) for kind in kinds):
@@ -172,45 +187,49 @@ def _layers(text: dict[str, Any]) -> tuple[LayerConfig, ...]:
             f"config.json: text_config.layer_types must name {count} layers, each {SLIDING!r} or {FULL!r};"
             f" got {len(kinds)}: {sorted(set(map(str, kinds)))}."
         )
-    kinds = [*kinds[:-1], FULL]  # as transformers does: the last layer is a full one whatever the list says
+    return [*kinds[:-1], FULL]  # as transformers does: the last layer is a full one whatever the list says
+
+
+def _layer(text: dict[str, Any], i: int, kind: str) -> LayerConfig:
+    """Layer `i`; `per_layer_config` (transformers 5.23) wins over `global_*` (released)."""
     heads, head_dim, kv_heads = (_positive(text, k) for k in ("num_attention_heads", "head_dim", "num_key_value_heads"))
-    rope = text.get("rope_parameters") or _DEFAULT_ROPE
-    per_layer = {int(i): dict(v) for i, v in (text.get("per_layer_config") or {}).items()}
-    layers = []
-    for i, kind in enumerate(kinds):
-        geometry = {"head_dim": head_dim, "num_key_value_heads": kv_heads}
-        if text.get("per_layer_config") is not None:
-            geometry |= per_layer.get(i, {})
-        elif kind == FULL:
-            geometry["head_dim"] = text.get("global_head_dim") or 512
-            geometry["num_key_value_heads"] = text.get("num_global_key_value_heads") or kv_heads
-        if unknown := geometry.keys() - {"head_dim", "num_key_value_heads"}:
-            raise ConfigError(f"config.json: per_layer_config.{i} has a key this version does not know: {unknown}.")
-        if heads % geometry["num_key_value_heads"]:
-            raise ConfigError(
-                f"config.json: layer {i} shares {geometry['num_key_value_heads']} key heads among {heads} query heads;"
-                " the second must be a multiple of the first."
-            )
-        params = dict(rope.get(kind) or _DEFAULT_ROPE[kind])
-        rope_type = params.pop("rope_type", "default")
-        theta, partial = params.pop("rope_theta"), params.pop("partial_rotary_factor", 1.0)
-        expected = "proportional" if partial != 1.0 else rope_type
-        if params or rope_type not in ("default", "proportional") or rope_type != expected:
-            raise ConfigError(
-                f"config.json: rope_parameters.{kind} is {rope[kind]!r}; expected rope_type 'default', or"
-                " 'proportional' with a partial_rotary_factor, and a rope_theta."
-            )
-        dim = geometry["head_dim"]
-        layers.append(
-            LayerConfig(
-                kind=kind,
-                head_dim=dim,
-                num_kv_heads=geometry["num_key_value_heads"],
-                rope_theta=float(theta),
-                rotated_dims=2 * int(partial * dim // 2),
-            )
+    geometry = {"head_dim": head_dim, "num_key_value_heads": kv_heads}
+    if (per_layer := text.get("per_layer_config")) is not None:
+        geometry |= {int(k): v for k, v in per_layer.items()}.get(i, {})
+    elif kind == FULL:
+        geometry["head_dim"] = text.get("global_head_dim") or 512
+        geometry["num_key_value_heads"] = text.get("num_global_key_value_heads") or kv_heads
+    if unknown := geometry.keys() - {"head_dim", "num_key_value_heads"}:
+        raise ConfigError(f"config.json: per_layer_config.{i} has a key this version does not know: {unknown}.")
+    if heads % geometry["num_key_value_heads"]:
+        raise ConfigError(
+            f"config.json: layer {i} shares {geometry['num_key_value_heads']} key heads among {heads} query heads;"
+            " the second must be a multiple of the first."
         )
-    return tuple(layers)
+    theta, rotated = _rope(text, kind)
+    dim = geometry["head_dim"]
+    return LayerConfig(
+        kind=kind,
+        head_dim=dim,
+        num_kv_heads=geometry["num_key_value_heads"],
+        rope_theta=theta,
+        rotated_dims=2 * int(rotated * dim // 2),
+    )
+
+
+def _rope(text: dict[str, Any], kind: str) -> tuple[float, float]:
+    """Base of the frequencies, and the share of a head that is rotated, for one kind of layer."""
+    given = (text.get("rope_parameters") or _DEFAULT_ROPE).get(kind) or _DEFAULT_ROPE[kind]
+    params = dict(given)
+    rope_type = params.pop("rope_type", "default")
+    theta, partial = params.pop("rope_theta"), params.pop("partial_rotary_factor", 1.0)
+    expected = "proportional" if partial != 1.0 else rope_type
+    if params or rope_type not in ("default", "proportional") or rope_type != expected:
+        raise ConfigError(
+            f"config.json: rope_parameters.{kind} is {given!r}; expected rope_type 'default', or"
+            " 'proportional' with a partial_rotary_factor, and a rope_theta."
+        )
+    return float(theta), partial
 
 
 def check(name: str, value: Any, good: bool, expected: str) -> None:

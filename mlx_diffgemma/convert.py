@@ -4,9 +4,9 @@ The work is done in packing/; what the converter knows is data, in convert/.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,7 @@ from .files.quantization import MODE_DEFAULTS, describe
 from .packing.recipes import DTYPES, Recipe, adhoc_recipe, load_recipe, recipe_names
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used
+    from .files.checkpoint import Checkpoint
     from .packing.conversion import Conversion
     from .packing.plan import Planned
     from .packing.verification import Deviation
@@ -103,72 +104,88 @@ def print_errors(errors: "dict[str, dict[str, Deviation]]") -> None:
 )
 @click.option("--force", is_flag=True, help="Replace a pack that is at --mlx-path.")
 @click.option("--ignore-key", multiple=True, metavar="KEY", help="An unknown config key that you know is harmless.")
-def main(
-    hf_path: str,
-    revision: str | None,
-    mlx_path: str,
-    recipe: str | None,
-    ad_hoc: bool,
-    q_bits: int | None,
-    q_group_size: int | None,
-    q_mode: str | None,
-    dtype: str | None,
-    upload_repo: str | None,
-    dry_run: bool,
-    verifying: bool,
-    force: bool,
-    ignore_key: tuple[str, ...],
-) -> None:
+def main(recipe: str | None, ad_hoc: bool, dtype: str | None, **wanted: Any) -> None:
     """Turn a DiffusionGemma checkpoint into an MLX pack that fits.
 
     An interrupted conversion continues where it was when the same command is run again.
     """
-    asked = (q_bits, q_group_size, q_mode)
+    asked = tuple(wanted.pop(name) for name in ("q_bits", "q_group_size", "q_mode"))
     ad_hoc = ad_hoc or any(value is not None for value in asked)
     if ad_hoc and recipe is not None:
         raise click.UsageError("--recipe and the -q options exclude one another.")
-    if dry_run and (upload_repo or verifying or force):
-        raise click.UsageError("--dry-run writes nothing: it excludes --upload-repo, --verify and --force.")
-    chosen = adhoc_recipe(*asked) if ad_hoc else load_recipe(recipe or "q4")
-    chosen = replace(chosen, dtype=dtype or chosen.dtype)
-    from .files import checkpoint, hub
-    from .packing.conversion import plan_conversion
-
-    if upload_repo:
-        hub.check_upload(upload_repo)
-    local, target = Path(hf_path).expanduser().is_dir(), Path(mlx_path).expanduser()
-    folder = hub.resolve(hf_path, revision, weights=not dry_run)
-    if dry_run and not local:
-        _dry_run_remote(folder, chosen, ignore_key)
-        return
-    source = checkpoint.open_checkpoint(folder, ignore_keys=ignore_key)
-    plan = plan_conversion(source, chosen, repo=None if local else hf_path)
-    if dry_run:
-        print_plan(source.config, chosen, plan.planned)
-        return
-    if not (verifying and not force and (target / "config.json").is_file()):
-        _warn(chosen, plan.planned)
-        _convert_aloud(plan, target, force)
-    if verifying:
-        from .packing.verification import verify
-        from .terminal.progress import Bar
-
-        with Bar("verifying") as bar:
-            errors = verify(source, target, bar)
-        print_errors(errors)
-    if upload_repo:
-        hub.upload(target, upload_repo)
-        click.echo(f"https://huggingface.co/{upload_repo}")
+    job = Job(recipe=adhoc_recipe(*asked) if ad_hoc else load_recipe(recipe or "q4"), **wanted)
+    job = replace(job, recipe=replace(job.recipe, dtype=dtype or job.recipe.dtype))
+    if job.dry_run:
+        job.say()
+    else:
+        job.do()
 
 
-def _dry_run_remote(folder: Path, recipe: Recipe, ignore_keys: tuple[str, ...]) -> None:
-    """A Hub repository's plan from its config alone: shapes follow from it."""
-    from .files.checkpoint import read_config
-    from .files.layout import sources
-    from .packing.plan import plan
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the command line asks for. Errors when it is made: UsageError for options that exclude one another."""
 
-    config = read_config(folder, ignore_keys=ignore_keys)
-    print_plan(config, recipe, plan(recipe, sources(config)))
+    recipe: Recipe
+    hf_path: str
+    revision: str | None
+    mlx_path: str
+    upload_repo: str | None
+    dry_run: bool
+    verifying: bool
+    force: bool
+    ignore_key: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.dry_run and (self.upload_repo or self.verifying or self.force):
+            raise click.UsageError("--dry-run writes nothing: it excludes --upload-repo, --verify and --force.")
+
+    @property
+    def local(self) -> bool:
+        return Path(self.hf_path).expanduser().is_dir()
+
+    def say(self) -> None:
+        """What would be made. A Hub repository's plan follows from its config alone, and so do all shapes."""
+        from .files import checkpoint, hub
+        from .files.layout import sources
+        from .packing.conversion import plan_conversion
+        from .packing.plan import plan
+
+        folder = hub.resolve(self.hf_path, self.revision, weights=False)
+        if self.local:
+            source = checkpoint.open_checkpoint(folder, ignore_keys=self.ignore_key)
+            print_plan(source.config, self.recipe, plan_conversion(source, self.recipe).planned)
+        else:
+            config = checkpoint.read_config(folder, ignore_keys=self.ignore_key)
+            print_plan(config, self.recipe, plan(self.recipe, sources(config)))
+
+    def do(self) -> None:
+        """Convert, verify, upload: whichever was asked for."""
+        from .files import checkpoint, hub
+        from .packing.conversion import plan_conversion
+
+        if self.upload_repo:
+            hub.check_upload(self.upload_repo)
+        target = Path(self.mlx_path).expanduser()
+        folder = hub.resolve(self.hf_path, self.revision)
+        source = checkpoint.open_checkpoint(folder, ignore_keys=self.ignore_key)
+        conversion = plan_conversion(source, self.recipe, repo=None if self.local else self.hf_path)
+        if not (self.verifying and not self.force and (target / "config.json").is_file()):
+            _warn(self.recipe, conversion.planned)
+            _convert_aloud(conversion, target, self.force)
+        if self.verifying:
+            _verify_aloud(source, target)
+        if self.upload_repo:
+            hub.upload(target, self.upload_repo)
+            click.echo(f"https://huggingface.co/{self.upload_repo}")
+
+
+def _verify_aloud(source: "Checkpoint", target: Path) -> None:
+    from .packing.verification import verify
+    from .terminal.progress import Bar
+
+    with Bar("verifying") as bar:
+        errors = verify(source, target, bar)
+    print_errors(errors)
 
 
 def _convert_aloud(plan: "Conversion", target: Path, force: bool) -> None:

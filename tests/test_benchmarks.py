@@ -16,6 +16,7 @@ from mlx_diffgemma.files.weights import load_network
 from mlx_diffgemma.generation.settings import GenerationConfig
 from mlx_diffgemma.model.memory import MACS, smallest_macs
 from mlx_diffgemma.model.network import Network
+from mlx_diffgemma.model.tuning import DEFAULT
 from mlx_diffgemma.pipeline import loading
 
 from . import small, synthetic
@@ -160,7 +161,7 @@ class _Bare:
     """As much of a network as its cache needs; the real one's weights would fill this machine."""
 
     def __init__(self, config: ModelConfig):
-        self.config = config
+        self.config, self.tuning = config, DEFAULT
 
 
 def _fill(write: Callable[[mx.array, mx.array], Any], layer: LayerConfig, tokens: int) -> None:

@@ -16,8 +16,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
 from ..errors import CheckpointError, ConfigError
-from ..model.memory import leaves
-from ..model.network import Network
+from ..model.network import Network, leaves
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 DENSE = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

@@ -8,9 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from ..disk import replacing_folder
 from ..errors import CheckpointError
-from ..model.memory import leaves
-from ..model.network import Network
+from ..model.network import Network, leaves
 from ..model.table import unpacked_dtype
 from .checkpoint import open_checkpoint, side_files
 from .layout import is_vision
@@ -92,7 +92,6 @@ def unpack_trunk(network: nn.Module) -> None:
 def write_model(network: Network, source: Path, folder: Path) -> None:
     """A checkpoint under the released names (packed matrices under those of a pack), with the vision tower and all
     else that lies in `source`."""
-    folder.mkdir(parents=True, exist_ok=True)
     found = leaves(network.parameters())
     weights = {}
     for name, weight in found.items():
@@ -101,6 +100,7 @@ def write_model(network: Network, source: Path, folder: Path) -> None:
     for file in sorted(source.glob("model*.safetensors")):
         beside: Any = mx.load(str(file))
         weights |= {name: tensor for name, tensor in beside.items() if is_vision(name)}
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    for file in (source / "config.json", *side_files(source)):
-        shutil.copyfile(file, folder / file.name)
+    with replacing_folder(folder) as made:
+        mx.save_safetensors(str(made / "model.safetensors"), weights, metadata={"format": "mlx"})
+        for file in (source / "config.json", *side_files(source)):
+            shutil.copyfile(file, made / file.name)

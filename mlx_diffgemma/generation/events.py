@@ -1,7 +1,10 @@
-"""What happens in a run, as one stream of events, and the totals at its end."""
+"""What happens in a run, as one stream of events, and the totals at its end.
+
+Whatever decodes yields these; whoever watches (pipeline, terminal, server, benchmarks) reads these and nothing else.
+"""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -18,7 +21,7 @@ class Prefilled:
 class Denoised:
     """One step is done. The arrays are computed already; reading them is what costs. Tuples have one entry per row."""
 
-    canvas: int  # which canvas, from 0
+    index: int  # which canvas, from 0
     step: int  # 0 … steps − 1
     steps: int  # the most steps a canvas may take
     temperature: float
@@ -26,7 +29,7 @@ class Denoised:
     guess: mx.array  # [B, L] int32
     accepted: mx.array  # [B, L] bool
     entropy: mx.array  # [B, L] float32, nats
-    current: mx.array  # [B, L] int32: the next step's canvas
+    next_canvas: mx.array  # [B, L] int32: what the next step looks at
     accepted_count: tuple[int, ...]
     mean_entropy: tuple[float, ...]  # nats
     settled: tuple[bool, ...]
@@ -42,16 +45,26 @@ class CanvasRow:
     mean_entropy: float  # nats, of the last step
     accepted_per_step: tuple[int, ...]
     reason: str = ""  # "stop" or "length" when the row finished with this canvas
+    text: str = ""  # what became visible, by the run's reader
+    thinking: str = ""  # likewise, of the thoughts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Committed:
-    """A canvas became part of the text."""
+    """A canvas became part of the text. It is encoded into the prefix after this event."""
 
-    canvas: int
+    index: int  # which canvas, from 0
     rows: tuple[CanvasRow, ...]
-    text: str = ""  # filled in by the pipeline: what became visible, for a single prompt
-    thinking: str = ""  # likewise, of the thoughts
+
+    @property
+    def text(self) -> str:
+        """What became visible of the only row."""
+        return self.rows[0].text
+
+    @property
+    def thinking(self) -> str:
+        """Likewise, of its thoughts."""
+        return self.rows[0].thinking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +79,8 @@ class Statistics:
     denoise_seconds: float
     commit_seconds: float
     tokens_per_forward: float  # as transformers counts: stop id included, padding and settled rows' steps not
-    peak_memory_bytes: int
+    peak_memory_bytes: int  # MLX's, since the process began or since mx.reset_peak_memory()
+    tuning: str  # the fingerprint of the tuning: a seed repeats where it is the same
     departures: dict[str, Any] = field(default_factory=dict)  # options that differ from the reference algorithm
 
     @property
@@ -86,7 +100,34 @@ class Finished:
 
     reasons: tuple[str, ...]
     statistics: Statistics
-    result: Any = None  # filled in by the pipeline
+    results: tuple[Any, ...] = ()  # one a row, by the run's reader
+
+    @property
+    def result(self) -> Any:
+        """The only row's result."""
+        return self.results[0]
 
 
 Event = Prefilled | Denoised | Committed | Finished
+
+
+class Reader(Protocol):
+    """Whoever turns ids into what people read: decoding itself knows no tokenizer."""
+
+    def read(self, row: int, ids: tuple[int, ...], *, last: bool) -> tuple[str, str]:
+        """Text and thoughts that became visible with these ids; `last`: the row finishes with them."""
+        ...
+
+    def conclude(self, row: int, reason: str, canvases: tuple[CanvasRow, ...], statistics: Statistics) -> Any:
+        """What a finished row amounts to."""
+        ...
+
+
+class NoReader:
+    """For those who want ids alone."""
+
+    def read(self, row: int, ids: tuple[int, ...], *, last: bool) -> tuple[str, str]:
+        return "", ""
+
+    def conclude(self, row: int, reason: str, canvases: tuple[CanvasRow, ...], statistics: Statistics) -> None:
+        return None

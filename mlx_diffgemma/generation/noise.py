@@ -9,12 +9,12 @@ import json
 import os
 import zipfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
+from ..disk import replacing
 from ..errors import NoiseError
 
 CANVAS, DRAWS, IDS = range(3)
@@ -23,15 +23,15 @@ CANVAS, DRAWS, IDS = range(3)
 class Noise(Protocol):
     """The randomness of B rows, addressed by canvas and step: asking twice gives the same answer."""
 
-    def canvas(self, canvas: int) -> mx.array:
-        """The ids a canvas starts from, int32 [B, L], uniform over the whole vocabulary."""
+    def canvas(self, index: int) -> mx.array:
+        """The ids that canvas number `index` starts from, int32 [B, L], uniform over the whole vocabulary."""
         ...
 
-    def draws(self, canvas: int, step: int) -> mx.array:
+    def draws(self, index: int, step: int) -> mx.array:
         """One number in [0, 1) per position, float32 [B, L], at which the guess is drawn."""
         ...
 
-    def ids(self, canvas: int, step: int) -> mx.array:
+    def ids(self, index: int, step: int) -> mx.array:
         """Fresh ids for the positions that are not accepted, int32 [B, L], uniform over the whole vocabulary."""
         ...
 
@@ -45,17 +45,17 @@ class SeededNoise:
     def __init__(self, seeds: Sequence[int], *, length: int, vocabulary: int):
         self.seeds, self.length, self.vocabulary = tuple(seeds), length, vocabulary
 
-    def canvas(self, canvas: int) -> mx.array:
-        return self._ids(CANVAS, canvas, 0)
+    def canvas(self, index: int) -> mx.array:
+        return self._ids(CANVAS, index, 0)
 
-    def draws(self, canvas: int, step: int) -> mx.array:
-        return mx.stack([mx.random.uniform(shape=(self.length,), key=k) for k in self._keys(DRAWS, canvas, step)])
+    def draws(self, index: int, step: int) -> mx.array:
+        return mx.stack([mx.random.uniform(shape=(self.length,), key=k) for k in self._keys(DRAWS, index, step)])
 
-    def ids(self, canvas: int, step: int) -> mx.array:
-        return self._ids(IDS, canvas, step)
+    def ids(self, index: int, step: int) -> mx.array:
+        return self._ids(IDS, index, step)
 
-    def _ids(self, purpose: int, canvas: int, step: int) -> mx.array:
-        keys = self._keys(purpose, canvas, step)
+    def _ids(self, purpose: int, index: int, step: int) -> mx.array:
+        keys = self._keys(purpose, index, step)
         return mx.stack([mx.random.randint(0, self.vocabulary, (self.length,), mx.int32, key=k) for k in keys])
 
     def _keys(self, *path: int) -> list[mx.array]:
@@ -102,24 +102,24 @@ class RecordedNoise:
         """Positions per canvas."""
         return self._canvas.shape[2]
 
-    def canvas(self, canvas: int) -> mx.array:
-        self._check(canvas, 0)
-        return mx.array(self._canvas[canvas]).astype(mx.int32)
+    def canvas(self, index: int) -> mx.array:
+        self._check(index, 0)
+        return mx.array(self._canvas[index]).astype(mx.int32)
 
-    def draws(self, canvas: int, step: int) -> mx.array:
-        self._check(canvas, step)
-        return mx.array(self._draws[canvas, step]).astype(mx.float32)
+    def draws(self, index: int, step: int) -> mx.array:
+        self._check(index, step)
+        return mx.array(self._draws[index, step]).astype(mx.float32)
 
-    def ids(self, canvas: int, step: int) -> mx.array:
-        self._check(canvas, step)
-        return mx.array(self._ids[canvas, step]).astype(mx.int32)
+    def ids(self, index: int, step: int) -> mx.array:
+        self._check(index, step)
+        return mx.array(self._ids[index, step]).astype(mx.int32)
 
-    def _check(self, canvas: int, step: int) -> None:
+    def _check(self, index: int, step: int) -> None:
         canvases, steps = self._ids.shape[:2]
-        if canvas >= canvases or step >= steps:
+        if index >= canvases or step >= steps:
             raise NoiseError(
                 f"{self.name} holds noise for {canvases} canvases of {steps} steps; this run asks for step {step} of"
-                f" canvas {canvas}.\nUse the settings it was recorded with, or record a longer run."
+                f" canvas {index}.\nUse the settings it was recorded with, or record a longer run."
             )
 
 
@@ -131,31 +131,28 @@ class NoiseRecorder:
         self._canvases: dict[int, np.ndarray] = {}
         self._steps: dict[tuple[int, int, int], np.ndarray] = {}
 
-    def canvas(self, canvas: int) -> mx.array:
-        array = self.noise.canvas(canvas)
-        self._canvases[canvas] = np.array(array)
+    def canvas(self, index: int) -> mx.array:
+        array = self.noise.canvas(index)
+        self._canvases[index] = np.array(array)
         return array
 
-    def draws(self, canvas: int, step: int) -> mx.array:
-        return self._keep(DRAWS, canvas, step, self.noise.draws(canvas, step))
+    def draws(self, index: int, step: int) -> mx.array:
+        return self._keep(DRAWS, index, step, self.noise.draws(index, step))
 
-    def ids(self, canvas: int, step: int) -> mx.array:
-        return self._keep(IDS, canvas, step, self.noise.ids(canvas, step))
+    def ids(self, index: int, step: int) -> mx.array:
+        return self._keep(IDS, index, step, self.noise.ids(index, step))
 
-    def _keep(self, purpose: int, canvas: int, step: int, array: mx.array) -> mx.array:
-        self._steps[purpose, canvas, step] = np.array(array)
+    def _keep(self, purpose: int, index: int, step: int, array: mx.array) -> mx.array:
+        self._steps[purpose, index, step] = np.array(array)
         return array
 
     def save(self, path: str | os.PathLike, **provenance: object) -> None:
-        """Write what was used, beside `path` first and renamed at the end; `provenance` goes in as JSON."""
+        """Write what was used; `provenance` goes in as JSON. What was at `path` is replaced at the end."""
         canvas = np.stack([self._canvases[c] for c in sorted(self._canvases)])
         steps = 1 + max(step for _, _, step in self._steps)
         shape = (canvas.shape[0], steps, *canvas.shape[1:])
         draws, ids = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
         for (purpose, c, step), array in self._steps.items():
             (draws if purpose == DRAWS else ids)[c, step] = array
-        path = Path(path)
-        beside = path.with_name(path.name + ".part")
-        with open(beside, "wb") as file:
+        with replacing(path) as file:
             np.savez_compressed(file, canvas=canvas, draws=draws, ids=ids, provenance=json.dumps(provenance))
-        beside.replace(path)

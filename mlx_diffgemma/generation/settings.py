@@ -2,13 +2,32 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from ..config import check, ids_of, nearest
 from ..errors import ConfigError
 
 # Sampling keys of autoregressive models, and the values at which they do nothing.
 _UNUSED = {"top_k": (0, 50), "top_p": (1.0,), "min_p": (0.0,), "temperature": (1.0,), "repetition_penalty": (1.0,)}
+
+
+class GenerationOptions(TypedDict, total=False):
+    """GenerationConfig's fields as keywords of `generate`, `stream`, `chat` and `prepare`."""
+
+    max_tokens: int
+    max_denoising_steps: int
+    t_min: float
+    t_max: float
+    entropy_bound: float
+    stability_threshold: int
+    confidence_threshold: float
+    stop_ids: tuple[int, ...]
+    pad_token_id: int
+    prefill_step_size: int
+    sparse_signal: bool
+    canvas_length: int | None
+    greedy: bool
+    avoid_empty: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,19 +39,20 @@ class GenerationConfig:
     statistics of every result.
     """
 
-    max_tokens: int = 256
-    max_denoising_steps: int = 48
-    t_min: float = 0.4
-    t_max: float = 0.8
-    entropy_bound: float = 0.1
-    stability_threshold: int = 1
-    confidence_threshold: float = 0.005
-    stop_ids: tuple[int, ...] = (1, 106)
-    pad_token_id: int = 0
-    prefill_step_size: int = 2048
+    max_tokens: int = 256  # of the reply; transformers' max_new_tokens
+    max_denoising_steps: int = 48  # a canvas, at most
+    t_min: float = 0.4  # what the temperature falls towards: the last step stays a part above it
+    t_max: float = 0.8  # temperature of the first step (LinearTemperatureScheduleLogitsProcessor)
+    entropy_bound: float = 0.1  # nats that one step may accept together (EntropyBoundSampler, arXiv 2505.24857)
+    stability_threshold: int = 1  # steps without a change of the best tokens before a canvas is settled
+    confidence_threshold: float = 0.005  # nats, mean over the canvas, below which it is settled; both of them:
+    # StableAndConfidentStoppingCriteria
+    stop_ids: tuple[int, ...] = (1, 106)  # <eos>, <turn|>: what stands before the first of them is the reply
+    pad_token_id: int = 0  # fills shorter prompts of a batch on their left
+    prefill_step_size: int = 2048  # prompt tokens encoded at a time: memory, not results
     sparse_signal: bool = True  # the signal's full product only where a position is not one token to its precision
     # Departures from the reference, by name.
-    canvas_length: int | None = None  # shorter canvases than the model's, for short answers
+    canvas_length: int | None = None  # tokens; shorter canvases than the model's, for short answers
     greedy: bool = False  # the guess is the best token: no draw
     avoid_empty: bool = False  # no stop id at position 0 of the first canvas, in the signal too
 

@@ -13,8 +13,8 @@ from itertools import zip_longest
 import mlx.core as mx
 
 from ..model.table import Table, block_scores, mix, scaled, scores, shaped, unpacked_dtype
+from ..model.tuning import DEFAULT, Tuning
 
-TILE = 8_192  # ids per tile
 BLOCK = 256  # ids per entry of the first stage of sampling
 STREAMS = tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(2))  # see _lanes
 LOWEST = -1e30  # stands for −∞ where ∞ − ∞ would be NaN
@@ -33,7 +33,7 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class Shaping:
     """From the head's scores to shaped logits: softcap, temperature, and ids forbidden at some positions."""
 
     cap: float
@@ -49,32 +49,52 @@ class Shape:
         banned = (ids[..., None] == mx.array(self.forbidden)).any(axis=-1) & self.positions[:, None]
         return mx.where(banned, LOWEST, logits)
 
+    def at(self, rows: mx.array) -> "Shaping":
+        """The same for some of the positions."""
+        return self if self.positions is None else replace(self, positions=self.positions[rows])
 
-def read(
-    hidden: mx.array,
-    table: Table,
-    shape: Shape,
-    draws: mx.array | None,
-    *,
-    with_signal: bool = True,
-    tile: int | None = None,
-) -> Reading:
-    """Hidden states [B, L, H] and one uniform draw in [0, 1) per position → Reading.
 
-    The guess inverts the cumulative distribution, in vocabulary order, at the draw: same law as a categorical
-    draw, one random number instead of V. Without `draws` the guess is the best token.
-    """
-    x = hidden.flatten(0, 1)  # [N, H]
-    sums = _walk(x, table, shape, tile, with_signal)
-    guess = sums.best if draws is None else _invert(sums, x, table, shape, draws.flatten())
-    grid = hidden.shape[:2]
-    return Reading(
-        best=sums.best.reshape(grid),
-        guess=guess.reshape(grid),
-        entropy=sums.entropy().reshape(grid),
-        tail=((sums.mass - 1) / sums.mass).reshape(grid),
-        signal=sums.signal().reshape(*grid, -1) if with_signal else None,
-    )
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """What one walk over the table found out, before anything is drawn from it."""
+
+    hidden: mx.array  # [B, L, H]
+    table: Table
+    shaping: Shaping
+    whole: "_Run"  # over all ids, for B · L positions
+
+    def read(self, draws: mx.array | None) -> Reading:
+        """One uniform draw in [0, 1) per position, float32 [B, L] → Reading.
+
+        The guess inverts the cumulative distribution, in vocabulary order, at the draw: same law as a categorical
+        draw, one random number instead of V. Without `draws` the guess is the best token.
+        """
+        grid, whole = self.hidden.shape[:2], self.whole
+        guess = whole.best if draws is None else self._invert(draws.flatten())
+        return Reading(
+            best=whole.best.reshape(grid),
+            guess=guess.reshape(grid),
+            entropy=whole.entropy().reshape(grid),
+            tail=((whole.mass - 1) / whole.mass).reshape(grid),
+            signal=None if whole.soft is None else whole.signal().reshape(*grid, -1),
+        )
+
+    def _invert(self, draws: mx.array) -> mx.array:
+        """The ids [N] at which the cumulative distributions pass the draws [N]: first the block, then the id in it."""
+        size = _block(self.table.weight.shape[0])
+        block, inside = _pass(self.whole.block_masses(), draws)
+        ids = block[:, None] * size + mx.arange(size)  # [N, size]
+        logits = self.shaping(block_scores(self.hidden.flatten(0, 1), self.table, block, size), ids)
+        offset, _ = _pass(mx.exp(logits - logits.max(axis=-1, keepdims=True)), inside)
+        return (block * size + offset).astype(mx.int32)
+
+
+def walk(
+    hidden: mx.array, table: Table, shaping: Shaping, *, with_signal: bool = True, tuning: Tuning = DEFAULT
+) -> Sums:
+    """Hidden states [B, L, H] → the sums over the whole table, tile after tile."""
+    whole = _walk(hidden.flatten(0, 1), table, shaping, with_signal, tuning)
+    return Sums(hidden=hidden, table=table, shaping=shaping, whole=whole)
 
 
 def soft_rows(reading: Reading, table: Table) -> mx.array:
@@ -86,25 +106,22 @@ def soft_rows(reading: Reading, table: Table) -> mx.array:
     return reading.tail > HALF_UNIT[unpacked_dtype(table)]
 
 
-def sparse_signal(
-    hidden: mx.array, table: Table, shape: Shape, best: mx.array, rows: mx.array, *, tile: int | None = None
-) -> mx.array:
+def sparse_signal(sums: Sums, best: mx.array, rows: mx.array, *, tuning: Tuning = DEFAULT) -> mx.array:
     """The signal [B, L, H] with the full product for the flat positions `rows` alone; the others are one token."""
-    signal = scaled(table(best)).flatten(0, 1)
+    signal = scaled(sums.table(best)).flatten(0, 1)
     if rows.size:
-        soft = replace(shape, positions=None if shape.positions is None else shape.positions[rows])
-        signal[rows] = _walk(hidden.flatten(0, 1)[rows], table, soft, tile, True).signal()
-    return signal.reshape(hidden.shape)
+        x = sums.hidden.flatten(0, 1)[rows]
+        signal[rows] = _walk(x, sums.table, sums.shaping.at(rows), True, tuning).signal()
+    return signal.reshape(sums.hidden.shape)
 
 
-def _walk(x: mx.array, table: Table, shape: Shape, tile: int | None, with_signal: bool) -> "_Sums":
-    """The sums over the whole table for x [N, H], tile after tile; of several streams each walks its part of the
-    table, in step with the others."""
-    tiles = list(_tiles(table.weight.shape[0], tile or TILE))
-    lanes = _lanes(len(tiles))
+def _walk(x: mx.array, table: Table, shaping: Shaping, with_signal: bool, tuning: Tuning) -> "_Run":
+    """The sums for x [N, H]; of several streams each walks its part of the table, in step with the others."""
+    tiles = list(_tiles(table.weight.shape[0], tuning.tile))
+    lanes = _lanes(len(tiles), tuning.streams)
     each = -(-len(tiles) // len(lanes))
     parts = [tiles[i * each : (i + 1) * each] for i in range(len(lanes))]
-    sums: list[_Sums | None] = [None] * len(lanes)
+    sums: list[_Run | None] = [None] * len(lanes)
     for round_ in zip_longest(*parts):
         # Wait for the round before: MLX would else compute every tile's logits first, and hold them all.
         before = [array for part in sums if part is not None for array in part.state]
@@ -112,16 +129,16 @@ def _walk(x: mx.array, table: Table, shape: Shape, tile: int | None, with_signal
             if ids is not None:
                 with mx.stream(stream):
                     after = mx.depends(x, before) if before else x
-                    logits = shape(scores(after, table, ids), mx.arange(ids.start, ids.stop))
-                    new, old = _Sums.of(logits, table, ids, with_signal), sums[i]
+                    logits = shaping(scores(after, table, ids), mx.arange(ids.start, ids.stop))
+                    new, old = _Run.of(logits, table, ids, with_signal), sums[i]
                     sums[i] = new if old is None else old.join(new)
-    return reduce(_Sums.join, filter(None, sums))
+    return reduce(_Run.join, filter(None, sums))
 
 
-def _lanes(tiles: int) -> Sequence[mx.Stream | mx.ThreadLocalStream]:
+def _lanes(tiles: int, streams: int) -> Sequence[mx.Stream | mx.ThreadLocalStream]:
     """The streams that share the tiles: a CPU stream is one thread, a GPU works on everything at once."""
     device = mx.default_device()
-    return STREAMS if device.type == mx.cpu and tiles >= len(STREAMS) else [mx.default_stream(device)]
+    return STREAMS[:streams] if device.type == mx.cpu and tiles >= streams > 1 else [mx.default_stream(device)]
 
 
 def _tiles(vocabulary: int, tile: int) -> Iterator[slice]:
@@ -136,7 +153,7 @@ def _block(vocabulary: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sums:
+class _Run:
     """Sums over a run of ids, for N positions, about the run's largest logit.
 
     With w = exp(logit − maximum): `mass` = Σ w, `slope` = Σ w · (logit − maximum), so that the entropy is
@@ -154,7 +171,7 @@ class _Sums:
     blocks: tuple[tuple[mx.array, mx.array], ...]  # per tile: mass per block [N, n], and its maximum [N]
 
     @classmethod
-    def of(cls, logits: mx.array, table: Table, ids: slice, with_signal: bool) -> "_Sums":
+    def of(cls, logits: mx.array, table: Table, ids: slice, with_signal: bool) -> "_Run":
         """One tile of shaped logits [N, n]."""
         maximum = logits.max(axis=-1)
         weight, slopes = _weights(logits, maximum[:, None])
@@ -175,7 +192,7 @@ class _Sums:
             blocks=((blocks, maximum),),
         )
 
-    def join(self, later: "_Sums") -> "_Sums":
+    def join(self, later: "_Run") -> "_Run":
         """The sums over both runs; the ids of `later` come after."""
         maximum = mx.maximum(self.maximum, later.maximum)
         a, b = self._about(maximum), later._about(maximum)
@@ -189,7 +206,7 @@ class _Sums:
             blocks=a.blocks + b.blocks,
         )
 
-    def _about(self, maximum: mx.array) -> "_Sums":
+    def _about(self, maximum: mx.array) -> "_Run":
         """The same sums about a larger maximum."""
         shift = self.maximum - maximum
         shrink = mx.exp(shift)
@@ -232,16 +249,6 @@ def _weights(logits: mx.array, maximum: mx.array) -> tuple[mx.array, mx.array]:
 def _rounded_weights(logits: mx.array, maximum: mx.array, like: mx.array) -> mx.array:
     """The same w with both rounded to the dtype of `like`."""
     return mx.exp(_rounded(logits, like.dtype) - _rounded(maximum, like.dtype))
-
-
-def _invert(sums: _Sums, x: mx.array, table: Table, shape: Shape, draws: mx.array) -> mx.array:
-    """The id at which the cumulative distribution passes the draw: first its block, then the id inside it."""
-    size = _block(table.weight.shape[0])
-    block, inside = _pass(sums.block_masses(), draws)
-    ids = block[:, None] * size + mx.arange(size)  # [N, size]
-    logits = shape(block_scores(x, table, block, size), ids)
-    offset, _ = _pass(mx.exp(logits - logits.max(axis=-1, keepdims=True)), inside)
-    return (block * size + offset).astype(mx.int32)
 
 
 def _pass(masses: mx.array, draws: mx.array) -> tuple[mx.array, mx.array]:

@@ -1,11 +1,13 @@
 """The prefix cache: keys and values of the prompt and of every committed canvas, per layer.
 
 Buffers keep room for a canvas behind the prefix, so a denoising step writes its own keys and values there
-and reads one slice: the prefix is never copied, and nothing of the canvas lasts.
+and reads one slice: the prefix is never copied, and nothing of the canvas lasts. `fork` gives a second prefix that
+shares what both hold: a conversation keeps one at the end of each turn, a server one behind its system prompt.
 """
 
+from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from weakref import WeakSet
 
 import mlx.core as mx
 
@@ -13,89 +15,203 @@ from ..config import ModelConfig
 
 GROWTH = 256  # buffers grow in multiples of this many positions
 
+KeysValues = tuple[mx.array, mx.array]  # [B, heads, T, D] each
 
-class LayerCache:
-    """One layer's keys and values, [B, heads, capacity, D]; the first `length` positions are the prefix.
 
-    With a `window`, only the last window − 1 positions are kept (transformers DynamicSlidingWindowLayer).
+class FullLayer:
+    """A layer that sees everything: its keys and values lie in a buffer that forks share.
+
+    A buffer has one writer: whoever holds its longest prefix writes behind it in place. A fork that wants to write
+    where another already holds more copies its own part, once.
     """
 
-    def __init__(self, window: int | None, room: int):
-        self.window = window
+    window = None
+
+    def __init__(self, room: int, *, write_in_place: bool = True):
         self.room = room  # positions kept free behind the prefix
-        self.length = 0
+        self.write_in_place = write_in_place
+        self.length = 0  # positions of the prefix
         self.wanted = 0  # positions announced by `PrefixCache.reserve`
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+        self._buffer = _Buffer(self)
 
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
-
-    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def append(self, keys: mx.array, values: mx.array) -> KeysValues:
         """Add [B, heads, T, D] to the prefix; returns what these T tokens may see (then masked causally)."""
-        length, keep = self.length + keys.shape[2], length_limit(self.window)
-        if length <= keep:
-            seen = self._write(keys, values)
-            self.length = length
-            return seen
-        if self.keys is not None and self.values is not None and self.length:
-            keys = mx.concatenate([self.keys[:, :, : self.length], keys], axis=2)
-            values = mx.concatenate([self.values[:, :, : self.length], values], axis=2)
-        self.length = 0
-        kept = self._write(keys[:, :, -keep:], values[:, :, -keep:])
-        self.length = keep
-        # MLX would else write last, and hold every layer's joined keys and values until then.
-        keys, values = mx.depends([keys, values], list(kept))
-        return keys, values
+        seen = self._write(keys, values)
+        self.length += keys.shape[2]
+        return seen
 
-    def look(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def look(self, keys: mx.array, values: mx.array) -> KeysValues:
         """The prefix followed by a canvas's keys and values; the prefix stays as it is."""
+        if not self.write_in_place:
+            return _joined(self.held, keys, values)
         return self._write(keys, values)
 
-    def _write(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def fork(self) -> "FullLayer":
+        """The same prefix once more, in the same buffer."""
+        other = copy(self)
+        other._buffer.holders.add(other)
+        return other
+
+    @property
+    def held(self) -> KeysValues | None:
+        """The prefix's keys and values."""
+        return self._buffer.upto(self.length)
+
+    @property
+    def state(self) -> Sequence[mx.array]:
+        return self._buffer.arrays
+
+    def _write(self, keys: mx.array, values: mx.array) -> KeysValues:
         """Put `keys` and `values` behind the prefix and return everything up to their end."""
         end = self.length + keys.shape[2]
-        old_keys, old_values = self._reserve(end, keys, values)
-        old_keys[:, :, self.length : end] = keys
-        old_values[:, :, self.length : end] = values
-        self.keys, self.values = old_keys, old_values
-        return old_keys[:, :, :end], old_values[:, :, :end]
+        if self._buffer.capacity < end or self._buffer.read_behind(self):
+            self._buffer = self._buffer.leave(self, self._roomy(end), (keys, values))
+        return self._buffer.write(self.length, keys, values)
 
-    def _reserve(self, end: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Buffers for a prefix of `end` positions with room for a canvas behind it.
-
-        New objects even for the old buffers: assigning to a slice changes an mx.array for all who hold it, a snapshot
-        included. Their data is shared, and copied by MLX only if a snapshot does hold it.
-        """
-        if self.keys is not None and self.values is not None and self.keys.shape[2] >= end:
-            return copy(self.keys), copy(self.values)
-        prefix = max(end, self.wanted, self.length + self.length // 4)
-        capacity = min(length_limit(self.window), -(-prefix // GROWTH) * GROWTH) + self.room
-        capacity = max(capacity, end)
-        return _grown(self.keys, self.length, capacity, keys), _grown(self.values, self.length, capacity, values)
+    def _roomy(self, end: int) -> int:
+        """Capacity for a prefix of `end` positions and a canvas behind it."""
+        return _rounded(max(end, self.wanted, self.length + self.length // 4)) + self.room
 
 
-def length_limit(window: int | None) -> int:
-    """The most prefix positions a layer keeps: all, or window − 1."""
-    return 1 << 62 if window is None else window - 1
+class _Buffer:
+    """Keys and values of one full layer, [B, heads, capacity, D], and the layers that hold a prefix of them."""
+
+    def __init__(self, owner: FullLayer, arrays: tuple[mx.array, ...] = ()):
+        self.arrays = arrays
+        self.holders: WeakSet[FullLayer] = WeakSet([owner])
+
+    @property
+    def capacity(self) -> int:
+        return self.arrays[0].shape[2] if self.arrays else 0
+
+    def upto(self, end: int) -> KeysValues | None:
+        if not self.arrays or not end:
+            return None
+        keys, values = self.arrays
+        return keys[:, :, :end], values[:, :, :end]
+
+    def read_behind(self, writer: FullLayer) -> bool:
+        """Whether somebody else holds what `writer` would overwrite."""
+        return any(layer.length > writer.length for layer in self.holders if layer is not writer)
+
+    def write(self, start: int, keys: mx.array, values: mx.array) -> KeysValues:
+        self.arrays = tuple(_written(old, start, new) for old, new in zip(self.arrays, (keys, values), strict=True))
+        end = start + keys.shape[2]
+        return self.arrays[0][:, :, :end], self.arrays[1][:, :, :end]
+
+    def leave(self, layer: FullLayer, capacity: int, like: KeysValues) -> "_Buffer":
+        """A buffer of its own for `layer`, with a copy of its prefix."""
+        self.holders.discard(layer)
+        held = self.upto(layer.length) or (None, None)
+        return _Buffer(layer, tuple(_roomier(old, capacity, new) for old, new in zip(held, like, strict=True)))
 
 
-def _grown(old: mx.array | None, length: int, capacity: int, like: mx.array) -> mx.array:
+class SlidingLayer:
+    """A layer that sees the last `window` positions: it keeps window − 1 (transformers DynamicSlidingWindowLayer).
+
+    They move through a buffer with room for a canvas, and are shifted to its front when that room is used up.
+    """
+
+    def __init__(self, window: int, room: int, *, write_in_place: bool = True):
+        self.window, self.room, self.write_in_place = window, room, write_in_place
+        self.wanted = 0  # positions announced by `PrefixCache.reserve`
+        self._start = self._end = 0  # where the kept positions lie in the buffer
+        self._arrays: tuple[mx.array, ...] = ()
+
+    @property
+    def kept(self) -> int:
+        """The most positions that are kept."""
+        return self.window - 1
+
+    @property
+    def length(self) -> int:
+        """Positions that are kept now."""
+        return self._end - self._start
+
+    def append(self, keys: mx.array, values: mx.array) -> KeysValues:
+        """Add [B, heads, T, D] to the prefix; returns what these T tokens may see (then masked causally)."""
+        count, keep = keys.shape[2], self.kept
+        if self.length + count <= keep + self.room:
+            seen = self._write(keys, values)
+            self._end += count
+            self._start = max(self._start, self._end - keep)
+            return seen
+        seen = _joined(self.held, keys, values)
+        last = seen[0].shape[2] - keep
+        self._start = self._end = 0
+        kept = self._write(*(array[:, :, last:] for array in seen))
+        self._end = keep
+        # MLX would else write last, and hold every layer's joined keys and values until then.
+        keys, values = mx.depends(list(seen), list(kept))
+        return keys, values
+
+    def look(self, keys: mx.array, values: mx.array) -> KeysValues:
+        """What is kept, followed by a canvas's keys and values; what is kept stays as it is."""
+        if not self.write_in_place:
+            return _joined(self.held, keys, values)
+        return self._write(keys, values)
+
+    def fork(self) -> "SlidingLayer":
+        """The same positions once more. Who writes first copies them: one window."""
+        return copy(self)
+
+    @property
+    def held(self) -> KeysValues | None:
+        """The kept positions' keys and values."""
+        if not self.length:
+            return None
+        keys, values = self._arrays
+        return keys[:, :, self._start : self._end], values[:, :, self._start : self._end]
+
+    @property
+    def state(self) -> Sequence[mx.array]:
+        return self._arrays
+
+    def _write(self, keys: mx.array, values: mx.array) -> KeysValues:
+        """Put `keys` and `values` behind what is kept and return all of it; shifts it to the front for room."""
+        count, new = keys.shape[2], (keys, values)
+        if not self._arrays or self._end + count > self._arrays[0].shape[2]:
+            held = self.held or (None, None)
+            end = self.length + count
+            capacity = max(min(self.kept, _rounded(max(end, self.wanted))) + self.room, end)
+            self._start, self._end = 0, self.length
+            self._arrays = tuple(_roomier(old, capacity, like) for old, like in zip(held, new, strict=True))
+        self._arrays = tuple(_written(old, self._end, part) for old, part in zip(self._arrays, new, strict=True))
+        seen = slice(self._start, self._end + count)
+        return self._arrays[0][:, :, seen], self._arrays[1][:, :, seen]
+
+
+LayerCache = FullLayer | SlidingLayer
+
+
+def _rounded(length: int) -> int:
+    return -(-length // GROWTH) * GROWTH
+
+
+def _written(old: mx.array, start: int, new: mx.array) -> mx.array:
+    """`old` with `new` at positions `start` …; MLX writes in place where nobody else holds the array.
+
+    A new object, because assigning to a slice changes an mx.array for all who hold it, a fork included.
+    """
+    changed = copy(old)
+    changed[:, :, start : start + new.shape[2]] = new
+    return changed
+
+
+def _joined(held: KeysValues | None, keys: mx.array, values: mx.array) -> KeysValues:
+    """A copy: what is held, then `keys` and `values`."""
+    if held is None:
+        return keys, values
+    return mx.concatenate([held[0], keys], axis=2), mx.concatenate([held[1], values], axis=2)
+
+
+def _roomier(held: mx.array | None, capacity: int, like: mx.array) -> mx.array:
+    """A buffer of `capacity` positions that begins with what is held."""
     batch, heads, _, dim = like.shape
-    if old is None or not length:
+    if held is None:
         return mx.zeros((batch, heads, capacity, dim), like.dtype)
-    free = mx.zeros((batch, heads, capacity - length, dim), old.dtype)
-    return mx.concatenate([old[:, :, :length], free], axis=2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """The prefix as it was at `length` tokens; see `PrefixCache.snapshot`."""
-
-    length: int
-    stamp: int
-    windows: tuple[tuple[int, mx.array | None, mx.array | None], ...]
+    free = mx.zeros((batch, heads, capacity - held.shape[2], dim), held.dtype)
+    return mx.concatenate([held, free], axis=2)
 
 
 class PrefixCache:
@@ -112,24 +228,28 @@ class PrefixCache:
         batch_size: int = 1,
         left_padding: list[int] | None = None,
         canvas_length: int | None = None,
+        write_in_place: bool = True,
     ):
         self.batch_size = batch_size
         self.length = 0  # tokens encoded so far, padding included: the position of the next one
         self.padding = mx.array(left_padding) if left_padding and any(left_padding) else None
         room = canvas_length or config.canvas_length
-        self.layers = [LayerCache(config.sliding_window if c.is_sliding else None, room) for c in config.layers]
-        self._stamps: dict[int, int] = {}  # snapshots that can still be restored: stamp → length
-        self._next_stamp = 0
+        self.layers: list[LayerCache] = [
+            SlidingLayer(config.sliding_window, room, write_in_place=write_in_place)
+            if layer.is_sliding
+            else FullLayer(room, write_in_place=write_in_place)
+            for layer in config.layers
+        ]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held for keys and values, free room included."""
-        return sum(layer.nbytes for layer in self.layers)
+        """Bytes held for keys and values, free room included; what forks share is counted in each."""
+        return sum(array.nbytes for array in self.state)
 
     @property
     def state(self) -> list[mx.array]:
         """Every buffer, to be evaluated together."""
-        return [a for layer in self.layers for a in (layer.keys, layer.values) if a is not None]
+        return [array for layer in self.layers for array in layer.state]
 
     def reserve(self, length: int) -> None:
         """Announce that the prefix will reach `length` tokens, so that buffers are made once."""
@@ -140,22 +260,12 @@ class PrefixCache:
         """`length` more tokens were appended in every layer."""
         self.length += length
 
-    def snapshot(self) -> Snapshot:
-        """Remember this prefix. Costs nothing until the cache is written again, then one window per sliding layer."""
-        stamp, self._next_stamp = self._next_stamp, self._next_stamp + 1
-        self._stamps[stamp] = self.length
-        windows = tuple((c.length, c.keys, c.values) for c in self.layers if c.window is not None)
-        return Snapshot(length=self.length, stamp=stamp, windows=windows)
+    def fork(self) -> "PrefixCache":
+        """The same prefix once more: both can go on, each by itself.
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Go back to `snapshot`; later snapshots die. Errors: ValueError for one that is no longer valid."""
-        if self._stamps.get(snapshot.stamp) != snapshot.length:
-            raise ValueError("this snapshot belongs to another cache, or the cache went back before it")
-        self._stamps = {s: n for s, n in self._stamps.items() if n <= snapshot.length}
-        windows = iter(snapshot.windows)
-        for layer in self.layers:
-            if layer.window is None:
-                layer.length = snapshot.length
-            else:
-                layer.length, layer.keys, layer.values = next(windows)
-        self.length = snapshot.length
+        Costs nothing by itself. Writing costs one window per sliding layer; a full layer is copied only when a second
+        fork writes where a first one already did, while that one lives.
+        """
+        other = copy(self)
+        other.layers = [layer.fork() for layer in self.layers]
+        return other

@@ -11,12 +11,11 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..config import LayerConfig, ModelConfig
-from .masks import Mask, Plain, Window
+from .masks import Mask, WholeMask, Window
+from .tuning import DEFAULT, Tuning
 
 # What attention looks at: takes the keys and values just computed, returns all that may be seen.
 Memory = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
-SORT_FROM = 64  # (token, expert) pairs from which sorting by expert pays
-SCORES = 1 << 26  # bytes of attention scores that may exist at once
 
 
 @partial(mx.compile, shapeless=True)
@@ -74,10 +73,10 @@ class Experts(nn.Module):
         self.gate_up_proj = SwitchLinear(config.hidden_size, 2 * size, config.num_experts, bias=False)
         self.down_proj = SwitchLinear(size, config.hidden_size, config.num_experts, bias=False)
 
-    def __call__(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, experts: mx.array, weights: mx.array, tuning: Tuning) -> mx.array:
         """[N, H], expert ids [N, K], weights [N, K] → [N, H]."""
         tokens, top_k = experts.shape
-        if tokens * top_k < SORT_FROM:
+        if tokens * top_k < tuning.sort_from:
             y = self._mlp(x[:, None, None], experts, sorted_indices=False)[:, :, 0]  # [N, K, H]
         else:
             order = mx.argsort(experts.flatten())  # rows of one expert together
@@ -110,14 +109,14 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(self.head_dim, eps=self.eps)
         self._periods = periods(layer)
 
-    def __call__(self, x: mx.array, offset: int | mx.array, memory: Memory, mask: Mask) -> mx.array:
+    def __call__(self, x: mx.array, offset: int | mx.array, memory: Memory, mask: Mask, tuning: Tuning) -> mx.array:
         """[B, T, H] at positions `offset` … `offset` + T − 1 → [B, T, H]."""
         queries = self._rotate(self.q_norm(self._split(self.q_proj(x), self.heads)), offset)
         keys = self._split(self.k_proj(x), self.kv_heads)  # [B, heads, T, D]
         values = self._split(self.v_proj(x), self.kv_heads) if "v_proj" in self else keys
         keys = self._rotate(self.k_norm(keys), offset)
         keys, values = memory(keys, mx.fast.rms_norm(values, None, self.eps))
-        y = attend(queries, keys, values, mask)
+        y = attend(queries, keys, values, mask, tuning)
         return self.o_proj(y.transpose(0, 2, 1, 3).flatten(2))
 
     def _split(self, x: mx.array, heads: int) -> mx.array:
@@ -129,7 +128,7 @@ class Attention(nn.Module):
         )
 
 
-def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
+def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, tuning: Tuning) -> mx.array:
     """Softmax attention at scale 1: queries [B, heads, T, D], keys and values [B, kv heads, K, D].
 
     MLX has fused kernels for small heads only; for others it holds every score at once. Where those would be many
@@ -137,9 +136,10 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> m
     other, each with the keys it can see. A query's result is its own, so this changes nothing.
     """
     length, total = queries.shape[2], keys.shape[2]
-    step = max(SCORES // (queries.shape[1] * total * queries.dtype.size), 1)
+    step = max(tuning.scores // (queries.shape[1] * total * queries.dtype.size), 1)
     if isinstance(mask, Window):
-        pieces = list(mask.pieces(min(step, max(mask.window // 4, 1))))
+        step = min(step, max(mask.window // 4, 1)) if tuning.skip_hidden_keys else length
+        pieces = list(mask.pieces(step))
     elif length <= step:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
     else:
@@ -152,7 +152,7 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> m
     return mx.concatenate(outputs, axis=2)
 
 
-def _piece(mask: Plain, length: int, total: int, start: int, stop: int) -> tuple[slice, slice, Plain]:
+def _piece(mask: WholeMask, length: int, total: int, start: int, stop: int) -> tuple[slice, slice, WholeMask]:
     """Queries `start` … `stop`, the keys they can see, and what is left of the mask."""
     rows, columns = slice(start, stop), slice(0, total)
     if isinstance(mask, str):  # "causal": the queries are the last keys, so these see nothing behind `stop`
@@ -190,13 +190,21 @@ class Layer(nn.Module):
         self.post_feedforward_layernorm_2 = norm()
         self.layer_scalar = mx.ones((1,))
 
-    def __call__(self, x: mx.array, scalar: mx.array, offset: int | mx.array, memory: Memory, mask: Mask) -> mx.array:
+    def __call__(
+        self,
+        x: mx.array,
+        scalar: mx.array,
+        offset: int | mx.array,
+        memory: Memory,
+        mask: Mask,
+        tuning: Tuning = DEFAULT,
+    ) -> mx.array:
         """[B, T, H] → [B, T, H]; `scalar` is the encoder's or the decoder's `layer_scalar`."""
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), offset, memory, mask))
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), offset, memory, mask, tuning))
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
         flat = x.flatten(0, 1)  # [N, H]
         experts, weights = self.router(flat)  # the raw residual, not a normed one
-        sparse = self.experts(self.pre_feedforward_layernorm_2(flat), experts, weights).reshape(x.shape)
+        sparse = self.experts(self.pre_feedforward_layernorm_2(flat), experts, weights, tuning).reshape(x.shape)
         branches = dense + self.post_feedforward_layernorm_2(sparse)
         return (x + self.post_feedforward_layernorm(branches)) * scalar
 

@@ -36,8 +36,8 @@ class Window:
         return mx.pad(mask, [(0, 0), (missing, 0)])
 
 
-Plain = mx.array | str | None  # as MLX takes it
-Mask = Plain | Window
+WholeMask = mx.array | str | None  # as MLX takes it
+Mask = WholeMask | Window
 
 
 def causal(length: int, *, visible: int, position: int, window: int | None, padding: mx.array | None) -> Mask:

@@ -1,13 +1,12 @@
 """What runs need in bytes, what a machine lends, and which Mac has so much."""
 
 import os
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from ..config import ModelConfig
+from .network import leaves
 
 # Memory of a Mac (GiB), and the share Metal lends one process unless iogpu.wired_limit_mb says otherwise.
 MACS = (16, 18, 24, 32, 36, 48, 64, 96, 128)
@@ -18,12 +17,16 @@ SYSTEM = 4 << 30  # bytes macOS keeps for itself when that limit is raised
 STEP = 800_000_000
 
 
-def memory_needed(config: ModelConfig, weight_bytes: int, prefix: int, item_size: int = 2) -> int:
-    """Bytes to denoise behind a prefix of that many tokens: weights (without vision), keys and values, one step."""
+def memory_needed(config: ModelConfig, weight_bytes: int, prefix: int, item_size: int = 2, *, forks: int = 0) -> int:
+    """Bytes to denoise behind a prefix of that many tokens: weights (without vision), keys and values, one step.
+
+    `forks` of the prefix that are kept beside it hold windows of their own; what full layers hold is shared.
+    """
     total = weight_bytes + STEP
     for layer in config.layers:
         positions = min(prefix, config.sliding_window - 1) if layer.is_sliding else prefix
-        total += 2 * layer.num_kv_heads * layer.head_dim * (positions + config.canvas_length) * item_size
+        held = 2 * layer.num_kv_heads * layer.head_dim * (positions + config.canvas_length) * item_size
+        total += held * (1 + forks if layer.is_sliding else 1)
     return total
 
 
@@ -48,9 +51,3 @@ def machine_limit() -> int:
 def weight_bytes(network: nn.Module) -> int:
     """Bytes of all parameters."""
     return sum(array.nbytes for array in leaves(network.parameters()).values())
-
-
-def leaves(tree: dict[str, Any]) -> dict[str, mx.array]:
-    """The arrays of a tree of parameters, by dotted name."""
-    flat: Any = tree_flatten(tree)
-    return dict(flat)

@@ -5,15 +5,18 @@ The two share everything but one scalar per layer (transformers DiffusionGemmaMo
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..config import ModelConfig
 from . import masks
 from .cache import LayerCache, PrefixCache
 from .layers import Layer, Memory, SelfConditioning
 from .table import scaled, soft_embedding, softcap
+from .tuning import DEFAULT, Tuning
 
 
 class Decoder(nn.Module):
@@ -52,9 +55,9 @@ class Encoder(nn.Module):
 class Network(nn.Module):
     """DiffusionGemma's text model. `B` batch, `T` tokens, `L` canvas, `H` hidden, `V` vocabulary."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, tuning: Tuning = DEFAULT):
         super().__init__()
-        self.config = config
+        self.config, self.tuning = config, tuning
         self.decoder = Decoder(config)
         self.encoder = Encoder(config)
 
@@ -62,18 +65,24 @@ class Network(nn.Module):
         self, batch_size: int = 1, left_padding: list[int] | None = None, canvas_length: int | None = None
     ) -> PrefixCache:
         """An empty prefix cache for this network."""
-        return PrefixCache(self.config, batch_size=batch_size, left_padding=left_padding, canvas_length=canvas_length)
+        return PrefixCache(
+            self.config,
+            batch_size=batch_size,
+            left_padding=left_padding,
+            canvas_length=canvas_length,
+            write_in_place=self.tuning.write_in_place,
+        )
 
     def embed(self, ids: mx.array) -> mx.array:
         """Ids [B, T] → embeddings [B, T, H], scaled by sqrt(H) rounded to their dtype."""
         return scaled(self.decoder.embed_tokens(ids))
 
-    def encode(self, tokens: mx.array, cache: PrefixCache) -> mx.array:
+    def encode(self, inputs: mx.array, cache: PrefixCache) -> mx.array:
         """Read ids [B, T], or embeddings [B, T, H], behind the prefix and add them to it.
 
         Returns hidden states [B, T, H] after the last norm; they cost nothing unless they are evaluated.
         """
-        x = tokens if tokens.ndim == 3 else self.embed(tokens)
+        x = inputs if inputs.ndim == 3 else self.embed(inputs)
         scalars = [layer.layer_scalar for layer in self.encoder.language_model.layers]
 
         def mask(layer: LayerCache) -> masks.Mask:
@@ -111,7 +120,7 @@ class Network(nn.Module):
         """All layers and the last norm; one mask per kind of layer (layers of a kind hold the same positions)."""
         by_window = {layer.window: mask(layer) for layer in cache.layers}
         for layer, scalar, kept in zip(self.decoder.layers, scalars, cache.layers, strict=True):
-            x = layer(x, scalar, cache.length, memory(kept), by_window[kept.window])
+            x = layer(x, scalar, cache.length, memory(kept), by_window[kept.window], self.tuning)
         return self.decoder.norm(x)
 
     def head(self, hidden: mx.array) -> mx.array:
@@ -129,3 +138,9 @@ class Network(nn.Module):
         """Softcapped float32 logits [B, L, V] of one denoising step (transformers forward); for tests and tools."""
         signal = None if self_conditioning_logits is None else self.soft_embedding(self_conditioning_logits)
         return self.head(self.denoise(canvas, cache, signal))
+
+
+def leaves(tree: dict[str, Any]) -> dict[str, mx.array]:
+    """The arrays of a tree of parameters, by dotted name."""
+    flat: Any = tree_flatten(tree)
+    return dict(flat)

@@ -1,16 +1,15 @@
 """A conversation that encodes only what is new in each turn."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..generation.events import Event, Finished, Prefilled
-from ..model.cache import PrefixCache, Snapshot
+from ..model.cache import PrefixCache
 from ..text.tokenizer import Message
 from .results import Result
 
 if TYPE_CHECKING:
-    from .model import DiffusionGemma
+    from .model import DiffusionGemma, Request
 
 
 class Chat:
@@ -24,37 +23,35 @@ class Chat:
     def reset(self) -> None:
         """Forget everything but the system prompt."""
         self.messages: list[Message] = list(self.system)
-        self._cache: PrefixCache | None = None
-        self._known: list[int] = []  # the ids the snapshot holds
-        self._snapshot: Snapshot | None = None
+        self._kept: tuple[list[int], PrefixCache] | None = None  # ids that the next prompt begins with, encoded
 
     def send(self, text: str, **options: Any) -> Result:
         """Say something; returns the answer. `options` are for this turn only."""
-        result = None
-        for event in self.stream(text, **options):
-            if isinstance(event, Finished):
-                result = event.result
-        assert result is not None  # the engine's last event is Finished
-        return result
+        return next(event.result for event in self.stream(text, **options) if isinstance(event, Finished))
 
     def stream(self, text: str, **options: Any) -> Iterator[Event]:
-        """`send`, as events. A turn that is not finished leaves no trace in the history."""
+        """`send`, as events. A turn that is not finished leaves no trace: neither in the history, nor in the prefix
+        that is kept, since it is denoised behind a fork of it."""
         messages = [*self.messages, {"role": "user", "content": text}]
         options = {**self.options, **options}
         template = {k: options.pop(k, None) for k in ("enable_thinking", "tools")}
         run = {k: options.pop(k, None) for k in ("seed", "noise")}
         ids = self.model.ids(messages, **template)
         lasting = self._lasting(ids, messages, template)
-        cache = self._rewind(ids, options)
-        for event in self.model._events([ids], options=options, cache=cache, pause_at=lasting, **run):
+        request = self.model.prepare(ids, **run, **options)
+        request.check_memory(forks=2)  # what the turn goes on from, and what the next one will
+        return self._turn(messages, ids, lasting, request)
+
+    def _turn(self, messages: list[Message], ids: list[int], lasting: int, request: "Request") -> Iterator[Event]:
+        cache, kept = self._fork(ids, request), None
+        for event in request.events(cache, pause_at=lasting):
             if isinstance(event, Prefilled) and event.tokens == lasting:
-                self._known, self._snapshot = ids[:lasting], cache.snapshot()
+                kept = ids[:lasting], cache.fork()
             elif isinstance(event, Finished):
-                event = dataclasses.replace(event, result=event.result[0])
                 answer: Message = {"role": "assistant", "content": event.result.text}
                 if event.result.tool_calls:
                     answer["tool_calls"] = [{"type": "function", "function": c} for c in event.result.tool_calls]
-                self.messages = [*messages, answer]
+                self.messages, self._kept = [*messages, answer], kept or self._kept
             yield event
 
     def _lasting(self, ids: list[int], messages: list[Message], template: dict[str, Any]) -> int:
@@ -66,12 +63,10 @@ class Chat:
         pairs = enumerate(zip(ids, later, strict=False))
         return next((i for i, (now, then) in pairs if now != then), min(len(ids), len(later)))
 
-    def _rewind(self, ids: list[int], options: dict[str, Any]) -> PrefixCache:
-        """The cache, back where the last prompt and this one part, or a new one if that is not known."""
-        known = len(self._known)
-        if self._cache is not None and self._snapshot is not None and known < len(ids) and ids[:known] == self._known:
-            self._cache.restore(self._snapshot)
-        else:
-            self._cache = self.model.network.make_cache(canvas_length=options.get("canvas_length"))
-            self._known, self._snapshot = [], None
-        return self._cache
+    def _fork(self, ids: list[int], request: "Request") -> PrefixCache:
+        """A prefix to go on from: a fork of the kept one where the prompt begins with it, else an empty one."""
+        if self._kept is not None:
+            known, cache = self._kept
+            if len(known) < len(ids) and ids[: len(known)] == known:
+                return cache.fork()
+        return self.model.network.make_cache(canvas_length=request.settings.canvas_length)

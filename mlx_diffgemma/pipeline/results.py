@@ -1,6 +1,6 @@
 """What a run gives people: text, thoughts and calls of every row, and the same as plain data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -22,48 +22,61 @@ class Result:
     tokens: tuple[int, ...]  # everything generated, without the stop id
     finish_reason: str  # "stop" or "length"
     canvases: tuple[CanvasRow, ...]
-    stats: Statistics  # of the whole run: in a batch, of all rows together
+    statistics: Statistics  # of the whole run: in a batch, of all rows together
     seed: int | None  # None when the noise was recorded
 
 
-class Answer:
+class Answers:
+    """A run's reader (see generation.events): ids → what every row has said so far."""
+
+    def __init__(self, tokenizer: Tokenizer | None, prompts: Sequence[list[int]], seeds: Sequence[int | None]):
+        self.seeds = seeds
+        self._answers = [_Answer(tokenizer, prompt) for prompt in prompts]
+
+    def read(self, row: int, ids: tuple[int, ...], *, last: bool) -> tuple[str, str]:
+        return self._answers[row].read(ids, last=last)
+
+    def conclude(self, row: int, reason: str, canvases: tuple[CanvasRow, ...], statistics: Statistics) -> Result:
+        answer = self._answers[row]
+        text, thinking, calls = answer.parts()
+        return Result(
+            text=text,
+            thinking=thinking,
+            tool_calls=calls,
+            tokens=tuple(answer.tokens),
+            finish_reason=reason,
+            canvases=canvases,
+            statistics=statistics,
+            seed=self.seeds[row],
+        )
+
+
+class _Answer:
     """What one row has said so far."""
 
     def __init__(self, tokenizer: Tokenizer | None, prompt: list[int]):
         self.tokenizer = tokenizer
         self.open_channel = tokenizer is not None and tokenizer.opens_channel(prompt)
         self.tokens: list[int] = []
-        self.canvases: list[CanvasRow] = []
         self.shown = ("", "")
 
-    def add(self, row: CanvasRow) -> tuple[str, str]:
-        """Take in a canvas; returns the text and the thoughts that became visible. Half a UTF-8 character waits for
-        its rest."""
-        if row.steps:
-            self.canvases.append(row)
-        self.tokens += row.ids
-        if self.tokenizer is None:
-            return "", ""
-        parts = self.tokenizer.split(self.tokens, open_channel=self.open_channel)
-        text, thinking = (t if row.reason else t.rstrip("\ufffd") for t in (parts.text, parts.thinking or ""))
-        shown, self.shown = self.shown, (text, thinking)
-        return text[len(shown[0]) :], thinking[len(shown[1]) :]
+    def read(self, ids: tuple[int, ...], *, last: bool) -> tuple[str, str]:
+        """The text and the thoughts that became visible. Half a UTF-8 character waits for its rest."""
+        self.tokens += ids
+        text, thinking, _ = self.parts()
+        now = (text, thinking or "") if last else (text.rstrip("\ufffd"), (thinking or "").rstrip("\ufffd"))
+        shown, self.shown = self.shown, now
+        return now[0][len(shown[0]) :], now[1][len(shown[1]) :]
 
-    def result(self, reason: str, statistics: Statistics, seed: int | None) -> Result:
-        text, thinking, calls = "", None, []
-        if self.tokenizer is not None:
-            parts = self.tokenizer.split(self.tokens, open_channel=self.open_channel)
-            text, thinking, calls = parts.text, parts.thinking, parts.tool_calls
-        return Result(
-            text=text,
-            thinking=thinking,
-            tool_calls=calls,
-            tokens=tuple(self.tokens),
-            finish_reason=reason,
-            canvases=tuple(self.canvases),
-            stats=statistics,
-            seed=seed,
-        )
+    def parts(self) -> tuple[str, str | None, list[dict[str, Any]]]:
+        """Text, thinking, tool calls."""
+        if self.tokenizer is None:
+            return "", None, []
+        parts = self.tokenizer.split(self.tokens, open_channel=self.open_channel)
+        return parts.text, parts.thinking, parts.tool_calls
+
+
+# --------------------------------------------------------------------------------------------------- as plain data
 
 
 def result_json(result: Result) -> dict[str, Any]:
@@ -75,8 +88,8 @@ def result_json(result: Result) -> dict[str, Any]:
         "ids": list(result.tokens),
         "finish_reason": result.finish_reason,
         "seed": result.seed,
-        "canvases": [asdict(canvas) for canvas in result.canvases],
-        "statistics": statistics_json(result.stats),
+        "canvases": [_canvas_json(canvas) for canvas in result.canvases],
+        "statistics": statistics_json(result.statistics),
     }
 
 
@@ -90,11 +103,12 @@ def event_json(event: Event, decode: Decode) -> dict[str, Any]:
     kind = {"event": type(event).__name__.lower()}
     if isinstance(event, Denoised):
         best = only_row(event.best)
-        counted = {"canvas": event.canvas, "step": event.step, "steps": event.steps, "temperature": event.temperature}
+        counted = {"canvas": event.index, "step": event.step, "steps": event.steps, "temperature": event.temperature}
         arrays = {"accepted": only_row(event.accepted), "entropy": only_row(event.entropy)}
         return kind | counted | {"settled": event.settled[0], "text": decode(best), "best": best} | arrays
     if isinstance(event, Committed):
-        return kind | {"canvas": event.canvas, "text": event.text, "thinking": event.thinking} | asdict(event.rows[0])
+        spoken = {"text": event.text, "thinking": event.thinking}
+        return kind | {"canvas": event.index} | spoken | _canvas_json(event.rows[0])
     if isinstance(event, Finished):
         return kind | {"reason": event.reasons[0], "statistics": statistics_json(event.statistics)}
     return kind | asdict(event)
@@ -103,3 +117,8 @@ def event_json(event: Event, decode: Decode) -> dict[str, Any]:
 def only_row(array: mx.array) -> list[Any]:
     """The only prompt's row [L] of an array [1, L]."""
     return cast(list[Any], array[0].tolist())
+
+
+def _canvas_json(canvas: CanvasRow) -> dict[str, Any]:
+    """Without its text, which stands beside it."""
+    return {name: value for name, value in asdict(canvas).items() if name not in ("text", "thinking")}

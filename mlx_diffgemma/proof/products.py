@@ -118,6 +118,7 @@ def _attention(
     import numpy as np
 
     from ..model.layers import attend
+    from ..model.tuning import DEFAULT
 
     total = rows + 101
     q = _random(1, heads, rows, dim, dtype=dtype)
@@ -133,4 +134,4 @@ def _attention(
         seen = np.where(visible, scores, -np.inf)
         weights = np.exp(seen - seen.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
-        yield attend(q, k, v, mask), weights @ np.repeat(_exact(v), shared, axis=1)
+        yield attend(q, k, v, mask, DEFAULT), weights @ np.repeat(_exact(v), shared, axis=1)

@@ -23,21 +23,16 @@ TIMES = {16: 3, 8: 4, 6: 6, 5: 8, 4: 12, 3: 20, 2: 30}
 RANKS = 0.8  # least mean rank correlation of the twelve logits of a position
 
 
-def published_of(model: str | None) -> Iterator[Finding]:
-    """Load a model and compare it, if it is the released one."""
-    if model is None:
+def published_of(network: "Network | None", name: str | None) -> Iterator[Finding]:
+    """Compare a loaded network, if there is one and it is the released one."""
+    if network is None:
         why = "no --model was given."
-        yield Finding(part="published", name="published logits", passed=None, says=why)
+    elif not is_released(network.config):
+        why = f"{name} is not of the released model's shape, and only that one's logits were published."
+    else:
+        yield from published(network)
         return
-    from ..files.hub import resolve
-    from ..files.weights import load_network
-
-    network = load_network(resolve(model))
-    if not is_released(network.config):
-        why = f"{model} is not of the released model's shape, and only that one's logits were published."
-        yield Finding(part="published", name="published logits", passed=None, says=why)
-        return
-    yield from published(network)
+    yield Finding(part="published", name="published logits", passed=None, says=why)
 
 
 def is_released(config: "ModelConfig") -> bool:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -51,7 +51,7 @@ def _replay_case(recording: Recording, name: str, network: "Network") -> Closene
     )
 
 
-def replay_trajectory(recording: Recording, network: "Network") -> list[str]:
+def replay_trajectory(recording: Recording, network: "Network", **options: Any) -> list[str]:
     """Run a recording of kind "trajectory" through our engine with its noise; where we left its path, in words.
 
     Compared for each row, up to the step at which it was settled: guesses, accepted sets, best canvases, mean entropy;
@@ -65,7 +65,7 @@ def replay_trajectory(recording: Recording, network: "Network") -> list[str]:
 
     told = recording.arrays
     settings = GenerationConfig().replace(**recording.provenance["settings"])
-    settings = settings.replace(stop_ids=tuple(settings.stop_ids))
+    settings = settings.replace(stop_ids=tuple(settings.stop_ids), **options)
     prompts = [row[pad:].tolist() for row, pad in zip(told["prompt"], told["padding"], strict=True)]
     noise = RecordedNoise(told["canvas"], told["draws"], told["ids"], name=recording.name)
     departures, canvases = [], 0
@@ -84,7 +84,7 @@ def replay_trajectory(recording: Recording, network: "Network") -> list[str]:
 
 
 def _of_step(event: "Denoised", told: dict[str, np.ndarray]) -> Iterator[str]:
-    c, s = event.canvas, event.step
+    c, s = event.index, event.step
     for row in np.flatnonzero(s < told["row_steps"][c]):
         for what in ("guess", "accepted", "best"):
             differ = np.array(getattr(event, what))[row] != told[what][c, s, row]
@@ -96,7 +96,7 @@ def _of_step(event: "Denoised", told: dict[str, np.ndarray]) -> Iterator[str]:
 
 
 def _of_canvas(event: "Committed", told: dict[str, np.ndarray], stop_ids: tuple[int, ...]) -> Iterator[str]:
-    c = event.canvas
+    c = event.index
     for number, row in enumerate(event.rows):
         ids = told["committed"][c, number].tolist() if told["row_steps"][c, number] else []
         stop = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))

@@ -37,7 +37,7 @@ class Painter:
         """A new canvas begins: nothing has changed yet."""
         self.before = []
 
-    def cells(self, best: list[int], current: list[int], accepted: list[bool], entropy: list[float]) -> list[Cell]:
+    def cells(self, best: list[int], noise: list[int], accepted: list[bool], entropy: list[float]) -> list[Cell]:
         """What was accepted is plain, what changed stands out, the rest fades with its entropy into noise."""
         before = self.before or best
         cells: list[Cell] = []
@@ -48,7 +48,7 @@ class Painter:
                 cells += [(text, size, style) for text, size in glyphs]
             else:
                 width = sum(size for _, size in glyphs) or 1
-                cells += [(self._noise(current[i], k), 1, "noise") for k in range(width)]
+                cells += [(self._noise(noise[i], k), 1, "noise") for k in range(width)]
         self.before = best
         return cells
 
@@ -69,7 +69,8 @@ class Painter:
         return pieces
 
     def _glyphs(self, ids: tuple[int, ...]) -> Sequence[Glyph]:
-        """Decoded behind themselves, for a tokenizer strips the blank in front of a first word."""
+        """What the ids spell inside a text: they are decoded twice in a row, and the first time is cut off, because a
+        tokenizer strips the blank in front of the first word it decodes."""
         once = self.decode(list(ids))
         return glyphs(self.decode(list(ids * 2))[len(once) :])
 

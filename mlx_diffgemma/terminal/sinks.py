@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Protocol, TextIO
 
 from rich.console import Console
@@ -41,17 +40,21 @@ def show(events: Iterable[Event], *sinks: Sink) -> Finished:
     return last
 
 
-def with_thinking(events: Iterable[Event]) -> Iterator[Event]:
-    """The same events with the thoughts in front of the text that they led to."""
-    thinking = False
-    for event in events:
-        if isinstance(event, Committed):
-            text = ("" if thinking or not event.thinking else "[thinking]\n") + event.thinking
-            thinking = thinking or bool(text)
-            if event.text and thinking:
-                text, thinking = f"{text}\n[answer]\n", False
-            event = replace(event, text=text + event.text)
-        yield event
+class Voice:
+    """What of a committed canvas is said: the text, or the thoughts in front of the text that they led to."""
+
+    def __init__(self, *, show_thinking: bool = False):
+        self.show_thinking = show_thinking
+        self.in_thought = False
+
+    def __call__(self, event: Committed) -> str:
+        if not self.show_thinking:
+            return event.text
+        said = ("" if self.in_thought or not event.thinking else "[thinking]\n") + event.thinking
+        self.in_thought = self.in_thought or bool(said)
+        if event.text and self.in_thought:
+            said, self.in_thought = f"{said}\n[answer]\n", False
+        return said + event.text
 
 
 def paced(events: Iterable[Event], seconds: float) -> Iterator[Event]:
@@ -62,17 +65,17 @@ def paced(events: Iterable[Event], seconds: float) -> Iterator[Event]:
             time.sleep(seconds)
 
 
-class Plain:
-    """Bare text, a committed canvas at a time: for pipes, files and dumb terminals."""
+class BareText:
+    """Text and nothing else, a committed canvas at a time: for pipes, files and dumb terminals."""
 
-    def __init__(self, file: TextIO):
-        self.file, self.last = file, "\n"
+    def __init__(self, file: TextIO, voice: Voice | None = None):
+        self.file, self.voice, self.last = file, voice or Voice(), "\n"
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Committed) and event.text:
-            self.file.write(event.text)
+        if isinstance(event, Committed) and (said := self.voice(event)):
+            self.file.write(said)
             self.file.flush()
-            self.last = event.text[-1]
+            self.last = said[-1]
 
     def close(self) -> None:
         if self.last != "\n":
@@ -97,8 +100,17 @@ class JsonLines:
 class Live:
     """The canvas as it denoises, at most 15 times a second and for at most a fiftieth of the time; or every step."""
 
-    def __init__(self, screen: Screen, decode: Decode, *, color: bool = True, every_step: bool = False):
+    def __init__(
+        self,
+        screen: Screen,
+        decode: Decode,
+        *,
+        color: bool = True,
+        every_step: bool = False,
+        voice: Voice | None = None,
+    ):
         self.screen, self.painter, self.every_step = screen, Painter(decode, color), every_step
+        self.voice = voice or Voice()
         self.started: float | None = None
         self.due, self.cost, self.kept = 0.0, 0.001, 0  # seconds, seconds a drawing, committed tokens
 
@@ -107,7 +119,7 @@ class Live:
         if isinstance(event, Committed):
             self.kept += len(event.rows[0].ids)
             self.painter.forget()
-            self.screen.commit(event.text)
+            self.screen.commit(self.voice(event))
         elif isinstance(event, Prefilled) and now >= self.due:
             told = f"reading the prompt {event.tokens}/{event.total}"
             self.screen.draw([[(told[: self.screen.size[0] - 3], "status")]])
@@ -121,10 +133,11 @@ class Live:
         self.screen.close()
 
     def _draw(self, event: Denoised, seconds: float) -> None:
-        best, current, accepted, entropy = map(only_row, (event.best, event.current, event.accepted, event.entropy))
+        arrays = (event.best, event.next_canvas, event.accepted, event.entropy)
+        best, noise, accepted, entropy = map(only_row, arrays)
         begun = time.perf_counter()  # the arrays are here: what follows is the cost of drawing
         columns, rows = self.screen.size
-        lines = wrap(self.painter.cells(best, current, accepted, entropy), columns)
+        lines = wrap(self.painter.cells(best, noise, accepted, entropy), columns)
         if len(lines) > rows - 2:
             hidden = len(lines) - (rows - 3)
             lines = [[(f"… {hidden} more lines"[:columns], "status")], *lines[hidden:]]
@@ -139,7 +152,7 @@ class Live:
         parts += [f"entropy {event.mean_entropy[0]:.3f}"]
         if seconds > 0:
             parts += [f"{(self.kept + accepted) / seconds:.0f} tokens/s"]
-        parts += [f"canvas {event.canvas + 1}"]
+        parts += [f"canvas {event.index + 1}"]
         text = parts[0]
         for part in parts[1:]:
             if len(text) + len(part) + 3 <= room:
@@ -147,19 +160,20 @@ class Live:
         return text[: max(room, 1)]
 
 
-def on_stdout(decode: Decode, *, events: bool = False, bare: bool = False) -> Sink:
+def on_stdout(decode: Decode, *, events: bool = False, bare: bool = False, show_thinking: bool = False) -> Sink:
     """The live canvas on a terminal, bare text elsewhere, JSON lines if asked for."""
+    voice = Voice(show_thinking=show_thinking)
     console = Console()
     if events:
         return JsonLines(sys.stdout, decode)
     if bare or not console.is_terminal or console.is_dumb_terminal:
-        return Plain(sys.stdout)
-    return Live(Terminal(console), decode, color=not console.no_color)
+        return BareText(sys.stdout, voice)
+    return Live(Terminal(console), decode, color=not console.no_color, voice=voice)
 
 
 def summary(result: "Result") -> str:
     """One line: how much, how fast, in how many steps, and what departed from the reference."""
-    s = result.stats
+    s = result.statistics
     steps = [canvas.steps for canvas in result.canvases]
     unsettled = sum(not canvas.settled for canvas in result.canvases)
     parts = [

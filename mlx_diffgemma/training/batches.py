@@ -17,7 +17,8 @@ BUCKET = 16  # lengths are padded to multiples of this, so that few shapes are c
 def make_batch(
     examples: Sequence[Example], rng: np.random.Generator, config: ModelConfig, settings: Settings, ends: Ends
 ) -> Batch:
-    """Choose a canvas of every response, and corrupt it."""
+    """Choose a canvas of every response, and corrupt it: each of its ids becomes a random one with a probability
+    that is itself drawn for each example, uniform in [0, 1)."""
     size, rows = config.canvas_length, len(examples)
     width = -(-max(example.length for example in examples) // BUCKET) * BUCKET
     tokens = np.full((rows, width), config.pad_token_id, np.int32)

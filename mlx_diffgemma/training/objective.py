@@ -19,8 +19,8 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..model.layers import Experts, Layer, geglu
-from ..model.memory import leaves
-from ..model.network import Network
+from ..model.network import Network, leaves
+from ..model.tuning import Tuning
 
 FORBIDDEN = -1e9  # added to the scores of what may not be looked at
 LOGITS = 1 << 26  # entries of the logits that exist at a time
@@ -71,8 +71,9 @@ def _run(forward: Callable[..., Any], module: nn.Module, *inputs: mx.array, reco
     """`forward(*inputs)`, which uses `module`'s weights; with `recompute`, again in the backward pass instead of
     keeping what it computes on the way.
 
-    As mx.checkpoint, but the gradients of the weights come before the backward pass goes on: MLX would put them off,
-    and keep for them what it has computed again.
+    As mx.checkpoint, but the backward pass waits at each call for the gradients of its weights. MLX would leave them
+    for the end of the whole pass, and until then hold all that this call has computed again, which is what
+    recomputing was to save.
     """
     if not recompute:
         return forward(*inputs)
@@ -183,7 +184,7 @@ class AllExperts(Experts):
         nn.Module.__init__(self)
         self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
 
-    def __call__(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, experts: mx.array, weights: mx.array, tuning: Tuning) -> mx.array:
         into, out = self.gate_up_proj.weight, self.down_proj.weight  # [E, 2 M, H], [E, H, M]
         count = into.shape[0]
         chosen = experts[..., None] == mx.arange(count)  # [N, K, E]

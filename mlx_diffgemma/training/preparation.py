@@ -6,8 +6,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from ..config import ModelConfig
 from ..model.layers import Layer
-from ..model.memory import leaves
-from ..model.network import Network
+from ..model.network import Network, leaves
 from .objective import LOGITS, AllExperts
 from .settings import Settings
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -16,9 +15,9 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
+from ..disk import replacing_folder
 from ..errors import TrainingError
-from ..model.memory import leaves
-from ..model.network import Network
+from ..model.network import Network, leaves
 from .batches import Batches, make_batch
 from .data import Ends, Example
 from .objective import Batch, losses
@@ -170,15 +169,11 @@ class Trainer:
     def save(self) -> Saved:
         """Write weights, optimizer and position; the folder appears only when it is whole."""
         final = self.folder / f"step-{self.step:07d}"
-        partial_folder = self.folder / f".{final.name}"
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        partial_folder.mkdir()
-        mx.save_safetensors(str(partial_folder / "weights.safetensors"), leaves(self.network.trainable_parameters()))
-        mx.save_safetensors(str(partial_folder / "optimizer.safetensors"), leaves(self.optimizer.state))
         position = {"step": self.step, "settings": asdict(self.settings)}
-        (partial_folder / "position.json").write_text(json.dumps(position, indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial_folder, final)
+        with replacing_folder(final) as made:
+            mx.save_safetensors(str(made / "weights.safetensors"), leaves(self.network.trainable_parameters()))
+            mx.save_safetensors(str(made / "optimizer.safetensors"), leaves(self.optimizer.state))
+            (made / "position.json").write_text(json.dumps(position, indent=2) + "\n")
         for old in self._checkpoints()[: -self.settings.keep]:
             shutil.rmtree(old)
         return Saved(step=self.step, folder=final)

@@ -108,7 +108,7 @@ def test_what_does_not_fit_in_memory_is_refused(
     weights = sum(array.nbytes for array in cast(dict[str, mx.array], mx.load(f"{model}/model.safetensors")).values())
     config = checkpoint.read_config(Path(model))
     limit = memory.memory_needed(config, int(share * weights), prefix)
-    monkeypatch.setattr(memory, "machine_limit", lambda: limit)
+    monkeypatch.setattr(loading, "machine_limit", lambda: limit)
     result = run("generate", "--model", model, "-p", "hi" * 200)
     assert result.exit_code == 1
     assert message in result.stderr

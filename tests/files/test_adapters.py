@@ -10,8 +10,7 @@ import pytest
 from mlx_diffgemma.errors import CheckpointError, ConfigError
 from mlx_diffgemma.files import adapters
 from mlx_diffgemma.files.adapters import Lora
-from mlx_diffgemma.model.memory import leaves
-from mlx_diffgemma.model.network import Network
+from mlx_diffgemma.model.network import Network, leaves
 from tests.reference_models import MODELS
 
 EVERYTHING = Lora(rank=4, scale=3.0, keys=adapters.TARGETS)

@@ -45,7 +45,7 @@ def test_the_order_of_events(network: Network) -> None:
     events = run(network, PROMPT)
     kinds = [type(e) for e in events if not isinstance(e, Denoised)]
     assert kinds == [Prefilled, Committed, Committed, Committed, Finished]
-    steps = [(e.canvas, e.step) for e in events if isinstance(e, Denoised)]
+    steps = [(e.index, e.step) for e in events if isinstance(e, Denoised)]
     assert steps == sorted(steps) and steps[0] == (0, 0)
     assert {canvas for canvas, _ in steps} == {0, 1, 2}
 
@@ -117,7 +117,7 @@ def test_avoid_empty_forbids_stop_ids_at_the_first_position_only(network: Networ
     first = tokens(run(network, PROMPT))[0]
     events = run(network, PROMPT, stop_ids=(first,), avoid_empty=True)
     steps = [e for e in events if isinstance(e, Denoised)]
-    assert all(e.best[0, 0].item() != first and e.guess[0, 0].item() != first for e in steps if e.canvas == 0)
+    assert all(e.best[0, 0].item() != first and e.guess[0, 0].item() != first for e in steps if e.index == 0)
     assert len(tokens(events)) > 0
     assert finished(events).statistics.departures == {"avoid_empty": True}
 
@@ -133,9 +133,9 @@ def test_the_next_canvas_keeps_what_was_accepted_and_renoises_the_rest(network: 
     noise = SeededNoise([0], length=small.CANVAS, vocabulary=small.VOCABULARY)
     for event in run(network, PROMPT):
         if isinstance(event, Denoised):
-            fresh = noise.ids(event.canvas, event.step)
+            fresh = noise.ids(event.index, event.step)
             expected = mx.where(event.accepted, event.guess, fresh)
-            assert mx.array_equal(event.current, expected)
+            assert mx.array_equal(event.next_canvas, expected)
 
 
 def test_a_settled_row_keeps_everything_while_others_go_on(network: Network) -> None:
@@ -143,11 +143,11 @@ def test_a_settled_row_keeps_everything_while_others_go_on(network: Network) -> 
     frozen = 0
     for before, after in itertools.pairwise(events):
         for row in range(4):
-            if before.canvas == after.canvas and before.settled[row]:
+            if before.index == after.index and before.settled[row]:
                 frozen += 1
                 assert after.settled[row]
                 assert mx.array_equal(before.best[row], after.best[row])
-                assert mx.array_equal(before.current[row], after.current[row])
+                assert mx.array_equal(before.next_canvas[row], after.next_canvas[row])
     assert frozen > 0
 
 

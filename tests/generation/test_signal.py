@@ -32,13 +32,14 @@ def hidden_of_all_sorts(embedding: nn.Embedding) -> mx.array:
 def test_the_sparse_signal_is_within_its_bound(dtype: mx.Dtype) -> None:
     embedding = table(dtype)
     hidden = hidden_of_all_sorts(embedding)
-    shape = vocabulary.Shape(cap=30.0, temperature=0.4)
-    dense = vocabulary.read(hidden, embedding, shape, None)
+    shape = vocabulary.Shaping(cap=30.0, temperature=0.4)
+    sums = vocabulary.walk(hidden, embedding, shape)
+    dense = sums.read(None)
     assert dense.signal is not None
     soft = np.array(vocabulary.soft_rows(dense, embedding)).flatten()
     assert 0 < soft.sum() < soft.size
     rows = mx.array(np.flatnonzero(soft))
-    sparse = vocabulary.sparse_signal(hidden, embedding, shape, dense.best, rows)
+    sparse = vocabulary.sparse_signal(sums, dense.best, rows)
     largest = mx.abs(scaled(embedding.weight)).max().item()
     difference = np.array(mx.abs(sparse - dense.signal).astype(mx.float32).max(axis=-1))[0]
     unit = 2 * vocabulary.HALF_UNIT[dtype]
@@ -51,8 +52,8 @@ def test_the_sparse_signal_is_within_its_bound(dtype: mx.Dtype) -> None:
 def test_the_tail_is_what_the_best_token_leaves() -> None:
     embedding = table(mx.float32)
     hidden = hidden_of_all_sorts(embedding)
-    shape = vocabulary.Shape(cap=30.0, temperature=0.7)
-    reading = vocabulary.read(hidden, embedding, shape, None, with_signal=False)
+    shape = vocabulary.Shaping(cap=30.0, temperature=0.7)
+    reading = vocabulary.walk(hidden, embedding, shape, with_signal=False).read(None)
     probabilities = mx.softmax(softcap(embedding.as_linear(hidden), 30.0) / 0.7, axis=-1)
     assert mx.allclose(reading.tail, 1 - probabilities.max(axis=-1), atol=1e-5)
     assert reading.signal is None

@@ -8,9 +8,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_diffgemma.generation.vocabulary import LOWEST, Shape, read, soft_rows, sparse_signal
-from mlx_diffgemma.model import table
-from mlx_diffgemma.model.table import Table, soft_embedding
+from mlx_diffgemma.generation.vocabulary import LOWEST, Reading, Shaping, soft_rows, sparse_signal, walk
+from mlx_diffgemma.model.table import Table, scaled, soft_embedding, softcap, unpacked_dtype
+from mlx_diffgemma.model.tuning import Tuning
 
 HIDDEN = 64
 CAP = 30.0
@@ -35,8 +35,8 @@ def weights_of(table: Table) -> np.ndarray:
     return np.array(table(mx.arange(table.weight.shape[0])).astype(mx.float32)).astype(np.float64)
 
 
-class Plain:
-    """Every quantity of `read` from the whole of [B, L, V]."""
+class Dense:
+    """Every quantity of a reading from the whole of [B, L, V]."""
 
     def __init__(self, hidden: mx.array, table: Table, temperature: float):
         weight = weights_of(table)
@@ -44,11 +44,23 @@ class Plain:
         self.logits = CAP * np.tanh(scores / CAP) / temperature
         self.p = softmax(self.logits)
         self.entropy = -(self.p * np.log(np.maximum(self.p, 1e-300))).sum(-1)
-        dtype = table.unpacked_dtype(table)
+        dtype = unpacked_dtype(table)
         rounded = np.array(mx.array(self.logits).astype(dtype).astype(mx.float32)).astype(np.float64)
         self.signal = softmax(rounded) @ weight * HIDDEN**0.5
         self.tolerance = 2e-4 if dtype == mx.float32 else 0.02 * np.abs(self.signal).max()
         self.cumulative = self.p.cumsum(-1)
+
+
+def read(
+    hidden: mx.array,
+    table: Table,
+    shaping: Shaping,
+    draws: mx.array | None,
+    *,
+    with_signal: bool = True,
+    tile: int = 8192,
+) -> Reading:
+    return walk(hidden, table, shaping, with_signal=with_signal, tuning=Tuning(tile=tile)).read(draws)
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -71,14 +83,14 @@ TABLES = dict(tables())
 @pytest.mark.parametrize("name", TABLES)
 def test_the_walk_is_the_plain_formula(name: str, tile: int) -> None:
     table, hidden = TABLES[name], hidden_of(2, 8)
-    plain = Plain(hidden, table, 0.7)
+    plain = Dense(hidden, table, 0.7)
     draws = mx.random.uniform(shape=(2, 8), key=mx.random.key(2))
-    reading = read(hidden, table, Shape(cap=CAP, temperature=0.7), draws, tile=tile)
+    reading = read(hidden, table, Shaping(cap=CAP, temperature=0.7), draws, tile=tile)
     np.testing.assert_array_equal(reading.best, plain.logits.argmax(-1))
     np.testing.assert_allclose(reading.entropy, plain.entropy, atol=2e-5)
     np.testing.assert_allclose(np.array(reading.tail), 1 - plain.p.max(-1), atol=1e-5)
     assert reading.signal is not None
-    assert reading.signal.dtype == table.unpacked_dtype(table)
+    assert reading.signal.dtype == unpacked_dtype(table)
     np.testing.assert_allclose(reading.signal.astype(mx.float32), plain.signal, atol=plain.tolerance)
     expected = (plain.cumulative <= np.array(draws)[..., None]).sum(-1)
     near = np.abs(plain.cumulative - np.array(draws)[..., None]).min(-1) < 1e-5  # either neighbour is right
@@ -91,7 +103,7 @@ def test_another_thread_reads_the_same() -> None:
     mx.eval(hidden, table.weight, draws)
 
     def guesses() -> list[int]:
-        return read(hidden, table, Shape(cap=CAP, temperature=0.5), draws, tile=256).guess.flatten().tolist()
+        return read(hidden, table, Shaping(cap=CAP, temperature=0.5), draws, tile=256).guess.flatten().tolist()
 
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(guesses).result(timeout=60) == guesses()
@@ -101,18 +113,18 @@ def test_another_thread_reads_the_same() -> None:
 def test_the_signal_is_that_of_the_logits(name: str) -> None:
     """One pass over the table gives what the softmax of all logits gives."""
     table, hidden = TABLES[name], hidden_of(1, 8)
-    reading = read(hidden, table, Shape(cap=CAP, temperature=0.6), None, tile=256)
-    logits = table.softcap(table.as_linear(hidden), CAP) / 0.6
+    reading = read(hidden, table, Shaping(cap=CAP, temperature=0.6), None, tile=256)
+    logits = softcap(table.as_linear(hidden), CAP) / 0.6
     assert reading.signal is not None
     ours, whole = (x.astype(mx.float32) for x in (reading.signal, soft_embedding(logits, table)))
-    np.testing.assert_allclose(ours, np.array(whole), atol=Plain(hidden, table, 0.6).tolerance)
+    np.testing.assert_allclose(ours, np.array(whole), atol=Dense(hidden, table, 0.6).tolerance)
 
 
 def test_a_bfloat16_signal_is_rounded_where_the_reference_rounds() -> None:
     """Logits, then probabilities, then the sum, then the scale: each in the table's dtype."""
     table, hidden = table_of(512, mx.bfloat16), hidden_of(1, 16, mx.bfloat16)
-    reading = read(hidden, table, Shape(cap=CAP, temperature=0.5), None)
-    logits = table.softcap(table.as_linear(hidden), CAP) / 0.5
+    reading = read(hidden, table, Shaping(cap=CAP, temperature=0.5), None)
+    logits = softcap(table.as_linear(hidden), CAP) / 0.5
     signal = soft_embedding(logits, table)
     assert reading.signal is not None and reading.signal.dtype == signal.dtype == mx.bfloat16
     rounded = np.array(logits.astype(mx.bfloat16).astype(mx.float32)).astype(np.float64)
@@ -127,9 +139,9 @@ def test_guesses_follow_the_shaped_distribution() -> None:
     """Chi-square over 40,000 draws at one position."""
     count, table = 40_000, table_of(300)
     hidden = mx.random.normal((1, 1, HIDDEN), key=mx.random.key(3)) * 0.2
-    p = Plain(hidden, table, 0.8).p[0, 0]
+    p = Dense(hidden, table, 0.8).p[0, 0]
     draws = mx.random.uniform(shape=(1, count), key=mx.random.key(4))
-    reading = read(mx.repeat(hidden, count, axis=1), table, Shape(cap=CAP, temperature=0.8), draws, with_signal=False)
+    reading = read(mx.repeat(hidden, count, axis=1), table, Shaping(cap=CAP, temperature=0.8), draws, with_signal=False)
     seen = np.bincount(np.array(reading.guess)[0], minlength=300)
     common = p * count >= 5
     expected = np.append(p[common], p[~common].sum()) * count
@@ -144,7 +156,7 @@ def test_the_ends_of_the_interval(size: int) -> None:
     """The least draw gives the first id, the greatest the last: no draw falls outside."""
     table = table_of(size)
     hidden = mx.zeros((1, 2, HIDDEN))  # uniform over the vocabulary
-    reading = read(hidden, table, Shape(cap=CAP, temperature=0.8), mx.array([[0.0, 1 - 2**-24]]))
+    reading = read(hidden, table, Shaping(cap=CAP, temperature=0.8), mx.array([[0.0, 1 - 2**-24]]))
     assert reading.guess.tolist() == [[0, size - 1]]
     np.testing.assert_allclose(reading.entropy, np.log(size), atol=1e-5)
 
@@ -152,7 +164,7 @@ def test_the_ends_of_the_interval(size: int) -> None:
 def test_a_sure_position_is_drawn_whatever_the_draw() -> None:
     table = table_of(300)
     hidden = mx.broadcast_to(table.weight[7] * 10, (1, 3, HIDDEN))
-    reading = read(hidden, table, Shape(cap=300.0, temperature=0.4), mx.array([[0.0, 0.5, 1 - 2**-24]]))
+    reading = read(hidden, table, Shaping(cap=300.0, temperature=0.4), mx.array([[0.0, 0.5, 1 - 2**-24]]))
     assert reading.guess.tolist() == reading.best.tolist() == [[7, 7, 7]]
     np.testing.assert_allclose(reading.entropy, 0, atol=1e-6)
 
@@ -160,9 +172,9 @@ def test_a_sure_position_is_drawn_whatever_the_draw() -> None:
 def test_forbidden_ids_are_gone_from_everything() -> None:
     table = table_of(300)
     hidden = mx.broadcast_to(table.weight[7], (1, 2, HIDDEN))
-    shape = Shape(cap=CAP, temperature=0.8, forbidden=(7, 9), positions=mx.array([True, False]))
+    shape = Shaping(cap=CAP, temperature=0.8, forbidden=(7, 9), positions=mx.array([True, False]))
     reading = read(hidden, table, shape, mx.array([[0.5, 0.5]]))
-    plain = Plain(hidden, table, 0.8)
+    plain = Dense(hidden, table, 0.8)
     logits = plain.logits.copy()
     logits[0, 0, [7, 9]] = LOWEST
     p = softmax(logits)
@@ -174,13 +186,13 @@ def test_forbidden_ids_are_gone_from_everything() -> None:
 
 
 def test_without_draws_the_guess_is_the_best_token() -> None:
-    reading = read(hidden_of(1, 8), TABLES["float32-300"], Shape(cap=CAP, temperature=0.8), None)
+    reading = read(hidden_of(1, 8), TABLES["float32-300"], Shaping(cap=CAP, temperature=0.8), None)
     assert mx.array_equal(reading.guess, reading.best)
 
 
 def test_tiles_do_not_change_what_is_read() -> None:
     hidden, table, draws = hidden_of(1, 16), table_of(1024), mx.random.uniform(shape=(1, 16), key=mx.random.key(5))
-    shape = Shape(cap=CAP, temperature=0.5)
+    shape = Shaping(cap=CAP, temperature=0.5)
     one, many = (read(hidden, table, shape, draws, tile=tile) for tile in (1024, 256))
     assert mx.array_equal(one.best, many.best)
     assert mx.array_equal(one.guess, many.guess)
@@ -193,18 +205,19 @@ def test_the_sparse_signal_is_the_full_one(name: str) -> None:
     table = TABLES[name]
     sure = mx.broadcast_to(table(mx.array([[3]])) * 20, (1, 4, HIDDEN))
     hidden = mx.concatenate([hidden_of(1, 8) * 0.1, sure], axis=1)
-    shape = Shape(cap=300.0, temperature=0.4)
-    reading = read(hidden, table, shape, None)
+    shape = Shaping(cap=300.0, temperature=0.4)
+    sums = walk(hidden, table, shape)
+    reading = sums.read(None)
     soft = np.array(soft_rows(reading, table))
     assert soft[0, :8].all() and not soft[0, 8:].any()
     rows = mx.array(np.flatnonzero(soft))
-    signal = sparse_signal(hidden, table, shape, reading.best, rows)
+    signal = sparse_signal(sums, reading.best, rows)
     assert reading.signal is not None and signal.dtype == reading.signal.dtype
     whole = np.array(reading.signal.astype(mx.float32))
-    np.testing.assert_allclose(signal.astype(mx.float32), whole, atol=Plain(hidden, table, 0.4).tolerance)
+    np.testing.assert_allclose(signal.astype(mx.float32), whole, atol=Dense(hidden, table, 0.4).tolerance)
 
 
 def test_embeddings_are_scaled_by_the_rounded_root() -> None:
     """transformers rounds sqrt(H) to the dtype of the embeddings before it multiplies."""
     embeddings = mx.array([[1.0] * 2816], mx.bfloat16)
-    assert table.scaled(embeddings)[0, 0].item() == 53.0  # sqrt(2816) = 53.066
+    assert scaled(embeddings)[0, 0].item() == 53.0  # sqrt(2816) = 53.066

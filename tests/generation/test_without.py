@@ -6,31 +6,29 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_diffgemma.bench import WITHOUT, plain
+from mlx_diffgemma.bench import WITHOUT, plain_tuning
 from mlx_diffgemma.files import shipped
 from mlx_diffgemma.generation import vocabulary
-from mlx_diffgemma.model import cache, layers, masks
+from mlx_diffgemma.model import cache, layers
+from mlx_diffgemma.model.tuning import Tuning
 from mlx_diffgemma.proof.recordings import Recording
 from mlx_diffgemma.proof.replay import replay_trajectory
 
-RUNS = ("settling-behind-window", "demo-table")
+RUNS = ("settling-behind-window", "settling-early-batch", "demo-table")
+EVERYTHING = Tuning(tile=64, scores=2048, sort_from=1)  # sizes at which a small model meets every idea
 
 
-@pytest.fixture(autouse=True)
-def everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes at which a small model meets every idea."""
-    monkeypatch.setattr(vocabulary, "TILE", 64)
-    monkeypatch.setattr(vocabulary, "BLOCK", 16)
-    monkeypatch.setattr(layers, "SCORES", 2048)
-    monkeypatch.setattr(layers, "SORT_FROM", 1)
+def replay(run: str, without: tuple[str, ...]) -> list[str]:
+    recording = Recording.load(shipped.references() / f"trajectory-{run}.npz")
+    network = recording.network()
+    network.tuning = plain_tuning(EVERYTHING, without)
+    return replay_trajectory(recording, network, sparse_signal="sparse-signal" not in without)
 
 
 @pytest.mark.parametrize("without", [(), *((name,) for name in WITHOUT), tuple(WITHOUT)], ids="+".join)
 def test_recorded_runs_are_walked(without: tuple[str, ...]) -> None:
-    with plain(*without):
-        for run in RUNS:
-            recording = Recording.load(shipped.references() / f"trajectory-{run}.npz")
-            assert not replay_trajectory(recording, recording.network())
+    for run in RUNS:
+        assert not replay(run, without)
 
 
 def called(owner: Any, name: str, patch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
@@ -49,10 +47,10 @@ def called(owner: Any, name: str, patch: pytest.MonkeyPatch) -> list[tuple[Any, 
 @pytest.mark.parametrize(
     ("idea", "owner", "function", "count"),
     [
-        ("tiles", vocabulary, "_scores", lambda calls: len(calls)),
+        ("tiles", vocabulary, "scores", lambda calls: len(calls)),
         ("streams", mx, "stream", lambda calls: len({str(given[0]) for given in calls})),
-        ("sparse-signal", vocabulary, "soft_rows", lambda calls: len(calls)),
-        ("in-place", cache.LayerCache, "_write", lambda calls: len(calls)),
+        ("sparse-signal", vocabulary, "sparse_signal", lambda calls: len(calls)),
+        ("in-place", cache, "_written", lambda calls: len(calls)),
         ("pieces", layers, "_piece", lambda calls: len(calls)),
         ("sorted-experts", mx, "argsort", lambda calls: len(calls)),
     ],
@@ -61,18 +59,9 @@ def test_the_plain_way_is_taken(
     idea: str, owner: Any, function: str, count: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What an idea does, it does less often without it."""
-    recording = Recording.load(shipped.references() / f"trajectory-{RUNS[1]}.npz")
     calls = called(owner, function, monkeypatch)
-    assert not replay_trajectory(recording, recording.network())
+    assert not any(replay(run, ()) for run in RUNS)
     with_it = count(calls)
     calls.clear()
-    with plain(idea):
-        assert not replay_trajectory(recording, recording.network())
+    assert not any(replay(run, (idea,)) for run in RUNS)
     assert count(calls) < with_it
-
-
-def test_everything_is_put_back() -> None:
-    before = (vocabulary.TILE, vocabulary.soft_rows, cache.LayerCache.look, masks.Window.pieces)
-    with pytest.raises(RuntimeError), plain(*WITHOUT):
-        raise RuntimeError
-    assert before == (vocabulary.TILE, vocabulary.soft_rows, cache.LayerCache.look, masks.Window.pieces)

@@ -4,6 +4,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_diffgemma.model import layers, masks
+from mlx_diffgemma.model.tuning import DEFAULT, Tuning
 
 LENGTH, PREFIX, DIM = 12, 29, 8
 
@@ -17,9 +18,7 @@ def arrays(heads: int, kv_heads: int, batch: int = 2) -> tuple[mx.array, mx.arra
 @pytest.mark.parametrize("queries", [1, 5, 8, 12])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("mask", ["none", "causal", "window", "padded", "padded canvas"])
-def test_pieces_change_nothing(
-    queries: int, heads: tuple[int, int], mask: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pieces_change_nothing(queries: int, heads: tuple[int, int], mask: str) -> None:
     padding = mx.array([5, 0])
     made = {
         "none": None,
@@ -31,8 +30,8 @@ def test_pieces_change_nothing(
     q, k, v = arrays(*heads)
     whole = made.array() if isinstance(made, masks.Window) else made
     expected = mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=whole)
-    monkeypatch.setattr(layers, "SCORES", 4 * queries * heads[0] * (PREFIX + LENGTH))
-    assert mx.abs(layers.attend(q, k, v, made) - expected).max().item() < 1e-6
+    few = Tuning(scores=4 * queries * heads[0] * (PREFIX + LENGTH))
+    assert mx.abs(layers.attend(q, k, v, made, few) - expected).max().item() < 1e-6
 
 
 @pytest.mark.parametrize(("visible", "window"), [(29, 9), (29, 30), (0, 5), (3, 12), (8, 9)])
@@ -59,9 +58,8 @@ def test_few_scores_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
     q, k, v = arrays(4, 2)
-    layers.attend(q, k, v, None)
+    layers.attend(q, k, v, None, DEFAULT)
     assert shapes == [(LENGTH, PREFIX + LENGTH)]
     shapes.clear()
-    monkeypatch.setattr(layers, "SCORES", 4 * 5 * 4 * (PREFIX + LENGTH))
-    layers.attend(q, k, v, "causal")
+    layers.attend(q, k, v, "causal", Tuning(scores=4 * 5 * 4 * (PREFIX + LENGTH)))
     assert shapes == [(5, PREFIX + 5), (5, PREFIX + 10), (2, PREFIX + 12)]

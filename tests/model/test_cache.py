@@ -1,10 +1,10 @@
-"""The prefix cache: what it keeps, what it holds, and how to go back."""
+"""The prefix cache: what it keeps, what it holds, and how forks share it."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma.model.cache import GROWTH, LayerCache, PrefixCache
+from mlx_diffgemma.model.cache import GROWTH, FullLayer, LayerCache, PrefixCache, SlidingLayer
 from mlx_diffgemma.model.network import Network
 from mlx_diffgemma.proof.recordings import small_network
 from tests.reference_models import MODELS, text_config
@@ -46,20 +46,20 @@ def look(network: Network, cache: PrefixCache) -> mx.array:
 
 @pytest.mark.parametrize("pieces", [[40], [1] * 40, [15, 25], [16, 24], [14, 1, 1, 24], [7] * 5 + [5]])
 def test_a_sliding_layer_keeps_the_last_of_any_pieces(pieces: list[int]) -> None:
-    layer, start = LayerCache(WINDOW, ROOM), 0
+    layer, start = SlidingLayer(WINDOW, ROOM), 0
     for count in pieces:
         held = layer.length
         seen, _ = layer.append(numbered(start, count), numbered(start, count))
         assert numbers(seen) == list(range(start - held, start + count))  # the mask cuts, not the cache
         start += count
         assert layer.length == min(start, WINDOW - 1)
-    assert layer.keys is not None
-    assert numbers(layer.keys[:, :, : layer.length]) == list(range(40 - WINDOW + 1, 40))
-    assert layer.keys.shape[2] <= WINDOW - 1 + ROOM
+    assert layer.held is not None
+    assert numbers(layer.held[0]) == list(range(40 - WINDOW + 1, 40))
+    assert layer.state[0].shape[2] <= WINDOW - 1 + ROOM
 
 
 def test_a_full_layer_keeps_everything() -> None:
-    layer = LayerCache(None, ROOM)
+    layer = FullLayer(ROOM)
     for start in range(0, 700, 100):
         seen, values = layer.append(numbered(start, 100), -numbered(start, 100))
         assert numbers(seen) == list(range(start + 100))
@@ -67,8 +67,8 @@ def test_a_full_layer_keeps_everything() -> None:
 
 
 def test_a_canvas_is_seen_and_leaves_nothing() -> None:
-    for window in (None, WINDOW):
-        layer = LayerCache(window, ROOM)
+    layers: list[LayerCache] = [FullLayer(ROOM), SlidingLayer(WINDOW, ROOM)]
+    for layer in layers:
         layer.append(numbered(0, 20), numbered(0, 20))
         kept = list(range(20))[-layer.length :]
         for canvas in (100, 200):
@@ -81,21 +81,19 @@ def test_a_canvas_is_seen_and_leaves_nothing() -> None:
 def test_a_canvas_fits_without_a_new_buffer() -> None:
     """Room behind the prefix, also when the prefix ends where a buffer would."""
     for length in (1, GROWTH - 1, GROWTH, GROWTH + 1):
-        layer = LayerCache(None, ROOM)
+        layer = FullLayer(ROOM)
         layer.append(numbered(0, length), numbered(0, length))
-        assert layer.keys is not None
-        capacity = layer.keys.shape[2]
+        capacity = layer.state[0].shape[2]
         layer.look(numbered(0, ROOM), numbered(0, ROOM))
-        assert layer.keys.shape[2] == capacity
+        assert layer.state[0].shape[2] == capacity
 
 
 def test_growth_is_in_steps_that_grow() -> None:
     """Appending one canvas after the other makes few buffers: copies stay in proportion to the prefix."""
-    layer, capacities = LayerCache(None, ROOM), set()
+    layer, capacities = FullLayer(ROOM), set()
     for start in range(0, 24 * 400, 24):
         layer.append(numbered(start, 24), numbered(start, 24))
-        assert layer.keys is not None
-        capacities.add(layer.keys.shape[2])
+        capacities.add(layer.state[0].shape[2])
     assert len(capacities) < 20
     assert max(capacities) < 1.3 * 24 * 400 + GROWTH + ROOM
 
@@ -131,35 +129,62 @@ def test_positions_go_on_through_pieces_and_canvases(network: Network) -> None:
 
 
 @pytest.mark.parametrize("length", [5, WINDOW - 1, WINDOW, 40])
-def test_going_back_is_exact(network: Network, length: int) -> None:
-    """Snapshot, write canvases, look, go back: everything is as it was, and goes on as if nothing had been."""
-    prompt, other = ids(length), ids(30, seed=3)
-    cache = read(network, network.make_cache(), prompt)
-    before = look(network, cache)
-    snapshot = cache.snapshot()
-    read(network, cache, ids(24, seed=1), ids(24, seed=2))
-    look(network, cache)
-    cache.restore(snapshot)
-    assert cache.length == length
-    assert mx.array_equal(look(network, cache), before)
-    read(network, cache, other)
-    straight = read(network, network.make_cache(), prompt, other)
-    assert mx.array_equal(look(network, cache), look(network, straight))
+def test_two_forks_go_their_ways(network: Network, length: int) -> None:
+    """One writes canvases and looks, then the other, then both by turns: each as if it were alone."""
+    prompt, others = ids(length), [[ids(24, seed=1), ids(24, seed=2)], [ids(30, seed=3), ids(1, seed=4)]]
+    kept = read(network, network.make_cache(), prompt)
+    before = look(network, kept)
+    forks = [kept.fork(), kept.fork()]
+    for step in range(2):
+        for fork, pieces in zip(forks, others, strict=True):
+            read(network, fork, pieces[step])
+            mx.eval(look(network, fork))
+    for fork, pieces in zip(forks, others, strict=True):
+        straight = read(network, network.make_cache(), prompt, *pieces)
+        assert fork.length == straight.length
+        assert mx.array_equal(look(network, fork), look(network, straight))
+    assert kept.length == length
+    assert mx.array_equal(look(network, kept), before)
 
 
-def test_snapshots_of_what_was_left_behind_are_refused(network: Network) -> None:
-    cache = read(network, network.make_cache(), ids(5))
-    first = cache.snapshot()
-    read(network, cache, ids(24))
-    second = cache.snapshot()
-    read(network, cache, ids(24))
-    cache.restore(second)
-    cache.restore(first)
-    with pytest.raises(ValueError, match="went back before it"):
-        cache.restore(second)
-    cache.restore(first)  # the same place again
-    with pytest.raises(ValueError, match="another cache"):
-        network.make_cache().restore(first)
+def test_a_full_layer_has_one_writer() -> None:
+    """A fork writes behind a shared prefix in place; only a second one copies, and only while the first lives."""
+    kept = FullLayer(ROOM)
+    kept.append(numbered(0, 20), numbered(0, 20))
+    shared = kept._buffer
+    first, second = kept.fork(), kept.fork()
+    first.append(numbered(100, 5), numbered(100, 5))
+    assert first._buffer is shared
+    second.look(numbered(200, 5), numbered(200, 5))
+    assert second._buffer is not shared
+    assert [numbers(layer.held[0])[20:] for layer in (kept, first, second) if layer.held] == [
+        [],
+        [*range(100, 105)],
+        [],
+    ]
+    del first
+    third = kept.fork()
+    third.append(numbered(300, 5), numbered(300, 5))
+    assert third._buffer is shared
+
+
+def test_a_window_is_shifted_once_per_room() -> None:
+    """Token by token, a sliding layer makes a new buffer once in as many tokens as it has room for."""
+    layer, shifts = SlidingLayer(WINDOW, ROOM), []
+    for position in range(WINDOW - 1 + 3 * ROOM):
+        start = layer._start
+        seen, _ = layer.append(numbered(position, 1), numbered(position, 1))
+        mx.eval(layer.state)
+        assert numbers(seen) == list(range(max(0, position - WINDOW + 1), position + 1))
+        shifts += [position] if layer._start < start else []
+    assert len(shifts) == 2 and shifts[1] - shifts[0] == ROOM
+
+
+def test_a_window_of_one_keeps_nothing() -> None:
+    layer = SlidingLayer(1, ROOM)
+    seen, _ = layer.append(numbered(0, 40), numbered(0, 40))
+    assert numbers(seen) == list(range(40)) and layer.length == 0
+    assert numbers(layer.look(numbered(7, 3), numbered(7, 3))[0]) == [7, 8, 9]
 
 
 def test_memory_of_a_chunked_prefill_does_not_grow_with_the_prompt() -> None:

@@ -8,11 +8,11 @@ import mlx.core as mx
 import pytest
 
 from mlx_diffgemma.errors import BusyError, ConfigError, NoiseError, PromptError, TokenizerError
-from mlx_diffgemma.generation.events import CanvasRow, Committed, Denoised, Finished, Prefilled
+from mlx_diffgemma.generation.events import Committed, Denoised, Finished, Prefilled
 from mlx_diffgemma.generation.noise import NoiseRecorder, RecordedNoise, SeededNoise
 from mlx_diffgemma.generation.settings import GenerationConfig
 from mlx_diffgemma.pipeline.model import DiffusionGemma
-from mlx_diffgemma.pipeline.results import Answer, Result
+from mlx_diffgemma.pipeline.results import Answers, Result
 from tests import small
 
 
@@ -39,7 +39,7 @@ def test_a_result_says_everything(model: DiffusionGemma) -> None:
     assert result.text == model.tokenizer.split(result.tokens).text
     assert result.tokens == tuple(i for c in result.canvases for i in c.ids)
     assert result.finish_reason in ("stop", "length")
-    assert result.stats.steps == sum(c.steps for c in result.canvases)
+    assert result.statistics.steps == sum(c.steps for c in result.canvases)
 
 
 def test_without_a_seed_runs_differ_and_say_their_seed(model: DiffusionGemma) -> None:
@@ -78,14 +78,12 @@ def test_a_batch_of_ids(model: DiffusionGemma) -> None:
 
 
 def test_half_a_character_waits_for_its_rest(model: DiffusionGemma) -> None:
-    def row(ids: list[int], reason: str = "") -> CanvasRow:
-        return CanvasRow(ids=tuple(ids), steps=1, settled=True, mean_entropy=0.0, accepted_per_step=(1,), reason=reason)
-
     ids = model.tokenizer.encode("aé")
-    answer = Answer(model.tokenizer, [2])
-    assert answer.add(row(ids[:2])) == ("a", "")
-    assert answer.add(row(ids[2:])) == ("é", "")
-    assert answer.add(row([*model.tokenizer.encode("b"), small.FIRST_BYTE + 0xC3], reason="length")) == ("b\ufffd", "")
+    answers = Answers(model.tokenizer, [[2]], [None])
+    assert answers.read(0, tuple(ids[:2]), last=False) == ("a", "")
+    assert answers.read(0, tuple(ids[2:]), last=False) == ("é", "")
+    half = (*model.tokenizer.encode("b"), small.FIRST_BYTE + 0xC3)
+    assert answers.read(0, half, last=True) == ("b\ufffd", "")
 
 
 def test_chat_prefills_only_what_is_new_and_changes_nothing(model: DiffusionGemma) -> None:
@@ -95,11 +93,11 @@ def test_chat_prefills_only_what_is_new_and_changes_nothing(model: DiffusionGemm
     second = chat.send("And now?", seed=2)
     fresh = one(model.generate(chat.messages[:-1], seed=2, max_tokens=20))
     assert second.tokens == fresh.tokens
-    assert second.stats.reused_tokens == first_prompt
-    assert fresh.stats.reused_tokens == 0
+    assert second.statistics.reused_tokens == first_prompt
+    assert fresh.statistics.reused_tokens == 0
     third = chat.send("Again?", seed=3)
     assert third.tokens == one(model.generate(chat.messages[:-1], seed=3, max_tokens=20)).tokens
-    assert third.stats.reused_tokens == second.stats.prompt_tokens
+    assert third.statistics.reused_tokens == second.statistics.prompt_tokens
 
 
 def test_chat_reuses_what_lasts_when_the_template_opens_the_turn_in_its_own_way(model: DiffusionGemma) -> None:
@@ -108,7 +106,7 @@ def test_chat_reuses_what_lasts_when_the_template_opens_the_turn_in_its_own_way(
     first = chat.send("Hi", seed=1)
     second = chat.send("And now?", seed=2)
     opened = len(model.tokenizer.encode("<|channel>thought\n"))
-    assert second.stats.reused_tokens == first.stats.prompt_tokens - opened
+    assert second.statistics.reused_tokens == first.statistics.prompt_tokens - opened
     fresh = one(model.generate(chat.messages[:-1], seed=2, max_tokens=20, enable_thinking=True))
     assert second.tokens == fresh.tokens
 
@@ -121,10 +119,11 @@ def test_chat_reset_and_an_abandoned_turn(model: DiffusionGemma) -> None:
     abandoned.close()  # type: ignore[attr-defined]
     assert [m["role"] for m in chat.messages] == ["user", "assistant"]
     again = chat.send("And now?", seed=4)
+    assert again.statistics.reused_tokens > 0  # what was kept before the abandoned turn
     assert again.tokens == one(model.generate(chat.messages[:-1], seed=4, max_tokens=20)).tokens
     chat.reset()
     assert chat.messages == []
-    assert chat.send("Hi", seed=1).stats.reused_tokens == 0
+    assert chat.send("Hi", seed=1).statistics.reused_tokens == 0
 
 
 def test_a_second_thread_is_told_to_wait(model: DiffusionGemma) -> None:
@@ -188,14 +187,12 @@ def test_what_cannot_be_done_is_refused(
 
 
 def test_an_empty_text_is_still_a_turn(model: DiffusionGemma) -> None:
-    assert one(model.generate("", seed=1)).stats.prompt_tokens > 0
+    assert one(model.generate("", seed=1)).statistics.prompt_tokens > 0
 
 
 def test_a_canvas_of_special_tokens_is_an_empty_text(model: DiffusionGemma) -> None:
-    row = CanvasRow(
-        ids=(small.BOS, 3, small.BOS), steps=1, settled=True, mean_entropy=0.0, accepted_per_step=(3,), reason="length"
-    )
-    assert Answer(model.tokenizer, [2]).add(row) == ("", "")
+    answers = Answers(model.tokenizer, [[2]], [None])
+    assert answers.read(0, (small.BOS, 3, small.BOS), last=True) == ("", "")
 
 
 def test_max_tokens_one(model: DiffusionGemma) -> None:

@@ -1,7 +1,7 @@
 """`mlx_diffgemma.check`: what it finds right, and that it finds what is wrong."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_diffgemma import check
+from mlx_diffgemma.errors import CheckpointError
 from mlx_diffgemma.files import shipped
 from mlx_diffgemma.model.network import Network
 from mlx_diffgemma.proof import products, published, replay
@@ -26,7 +27,7 @@ TOLD = json.loads((shipped.references() / "published_logits.json").read_text())
 def run(monkeypatch: Patch, *arguments: str, **parts: list[Finding]) -> int:
     """The command with made-up findings of its first two parts; its exit status."""
     for name in ("replay", "products"):
-        monkeypatch.setattr(check, name, lambda name=name: iter(parts.get(name, [])))
+        monkeypatch.setattr(f"mlx_diffgemma.proof.{name}.{name}", lambda name=name: iter(parts.get(name, [])))
     with pytest.raises(SystemExit) as stopped:
         check.main(list(arguments))
     assert isinstance(stopped.value.code, int)
@@ -57,7 +58,7 @@ def test_json_is_one_line(
     (line,) = capsys.readouterr().out.splitlines()
     report = json.loads(line)
     assert report["passed"] is passed
-    assert {"version", "mlx", "device", "machine"} <= report.keys()
+    assert {"mlx_diffgemma", "mlx", "device", "chip"} <= report.keys()
     assert [f["passed"] for f in report["findings"]] == [f.passed for f in findings] + [None]
 
 
@@ -92,7 +93,7 @@ def test_a_wrong_network_is_found(monkeypatch: Patch) -> None:
 
 def test_no_recordings_is_an_error(monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.setattr(shipped, "references", lambda: tmp_path)
-    with pytest.raises(check.CheckpointError, match="incomplete"):
+    with pytest.raises(CheckpointError, match="incomplete"):
         next(replay.replay())
 
 
@@ -207,10 +208,6 @@ def test_first_layers_are_a_network_of_their_own() -> None:
     assert len(whole.decoder.layers) == 5
 
 
-def test_only_the_released_model_has_published_logits(monkeypatch: Patch) -> None:
-    class Loaded:
-        network = MODELS["plain"].network()
-
-    monkeypatch.setattr("mlx_diffgemma.pipeline.load", lambda path: Loaded)
-    findings: Iterator[Finding] = published.published_of("somewhere")
+def test_only_the_released_model_has_published_logits() -> None:
+    findings = list(published.published_of(MODELS["plain"].network(), "somewhere"))
     assert [(f.passed, f.name) for f in findings] == [(None, "published logits")]

@@ -3,7 +3,7 @@ each. A mutant is a function that breaks a fresh network (or the module it patch
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,6 +14,7 @@ from mlx_diffgemma.generation import engine, sampler, vocabulary
 from mlx_diffgemma.model import cache, layers, masks, network, table
 from mlx_diffgemma.model.layers import Attention, Router, SelfConditioning
 from mlx_diffgemma.model.network import Network
+from mlx_diffgemma.model.tuning import Tuning
 from mlx_diffgemma.proof.recordings import Recording
 from mlx_diffgemma.proof.replay import replay_trajectory
 from tests.reference_models import MODELS, Scenario, measure
@@ -176,7 +177,9 @@ def layer_scalars_are_ignored(net: Network, patch: Patch) -> None:
 def attention(patch: Patch, *, values: str = "", scale: float = 1.0) -> None:
     """Attention with other values ("normed" or "rotated" keys, or "raw": without their own norm), or another scale."""
 
-    def call(self: Attention, x: mx.array, offset: int, memory: layers.Memory, mask: masks.Mask) -> mx.array:
+    def call(
+        self: Attention, x: mx.array, offset: int, memory: layers.Memory, mask: masks.Mask, tuning: Tuning
+    ) -> mx.array:
         queries = self._rotate(self.q_norm(self._split(self.q_proj(x), self.heads)), offset)
         keys = self._split(self.k_proj(x), self.kv_heads)
         own = self._split(self.v_proj(x), self.kv_heads) if "v_proj" in self else keys
@@ -186,7 +189,7 @@ def attention(patch: Patch, *, values: str = "", scale: float = 1.0) -> None:
             own = {"normed": normed, "rotated": rotated}.get(values, own)
         own = own if values == "raw" else mx.fast.rms_norm(own, None, self.eps)
         k, v = memory(rotated, own)
-        y = layers.attend(queries * scale, k, v, mask)
+        y = layers.attend(queries * scale, k, v, mask, tuning)
         return self.o_proj(y.transpose(0, 2, 1, 3).flatten(2))
 
     patch.setattr(Attention, "__call__", call)
@@ -242,14 +245,18 @@ def partial_rotation_divides_by_its_own_size(net: Network, patch: Patch) -> None
             layer.self_attn._periods = mx.concatenate([layers.periods(part), still])
 
 
+def keep_more(patch: Patch, positions: int) -> None:
+    patch.setattr(cache.SlidingLayer, "kept", property(lambda self: self.window - 1 + positions))
+
+
 @mutant
 def window_is_one_too_wide(net: Network, patch: Patch) -> None:
-    patch.setattr(cache, "length_limit", lambda window: 1 << 62 if window is None else window)
+    keep_more(patch, 1)
 
 
 @mutant
 def window_is_one_too_narrow(net: Network, patch: Patch) -> None:
-    patch.setattr(cache, "length_limit", lambda window: 1 << 62 if window is None else window - 2)
+    keep_more(patch, -1)
 
 
 def causal_with(patch: Patch, change: Callable[[int | None], int | None]) -> None:
@@ -313,7 +320,10 @@ def a_chunk_forgets_the_ones_before(net: Network, patch: Patch) -> None:
 
     def encode(self: Network, tokens: mx.array, prefix: cache.PrefixCache) -> mx.array:
         for layer in prefix.layers:
-            layer.length = 0
+            if isinstance(layer, cache.FullLayer):
+                layer.length = 0
+            else:
+                layer._start = layer._end
         return original(self, tokens, prefix)
 
     patch.setattr(Network, "encode", encode)
@@ -321,7 +331,8 @@ def a_chunk_forgets_the_ones_before(net: Network, patch: Patch) -> None:
 
 @mutant
 def the_canvas_stays_in_the_cache(net: Network, patch: Patch) -> None:
-    patch.setattr(cache.LayerCache, "look", cache.LayerCache.append)
+    for kind in (cache.FullLayer, cache.SlidingLayer):
+        patch.setattr(kind, "look", kind.append)
 
 
 # --- Self-conditioning, embeddings and the head
@@ -395,33 +406,44 @@ def temperature_ends_at_its_minimum(patch: Patch) -> None:
     patch.setattr(sampler, "temperature", temperature)
 
 
-def reading_with(patch: Patch, change: Callable[..., vocabulary.Reading]) -> None:
-    original = vocabulary.read
-    patch.setattr(vocabulary, "read", lambda *given, **named: change(partial(original, **named), *given))
+def reading_with(
+    patch: Patch, change: Callable[[Callable[..., vocabulary.Reading], vocabulary.Sums, Any], Any]
+) -> None:
+    """`change` takes the place of Sums.read; it gets the original, the sums and the draws."""
+    original = vocabulary.Sums.read
+    patch.setattr(vocabulary.Sums, "read", lambda sums, draws: change(original, sums, draws))
+
+
+def walked_unshaped(sums: vocabulary.Sums) -> vocabulary.Sums:
+    """The same walk at temperature 1."""
+    shaping = dataclasses.replace(sums.shaping, temperature=1.0)
+    return vocabulary.walk(sums.hidden, sums.table, shaping, with_signal=sums.whole.soft is not None)
 
 
 @loop_mutant
 def signal_from_unshaped_logits(patch: Patch) -> None:
-    def change(read, hidden, table, shape, draws) -> vocabulary.Reading:
-        unshaped = read(hidden, table, dataclasses.replace(shape, temperature=1.0), None)
-        return dataclasses.replace(read(hidden, table, shape, draws), signal=unshaped.signal)
-
-    reading_with(patch, change)
+    reading_with(
+        patch,
+        lambda read, sums, draws: dataclasses.replace(
+            read(sums, draws), signal=read(walked_unshaped(sums), None).signal
+        ),
+    )
 
 
 @loop_mutant
 def entropy_of_unshaped_logits(patch: Patch) -> None:
-    def change(read, hidden, table, shape, draws) -> vocabulary.Reading:
-        unshaped = read(hidden, table, dataclasses.replace(shape, temperature=1.0), None)
-        return dataclasses.replace(read(hidden, table, shape, draws), entropy=unshaped.entropy)
-
-    reading_with(patch, change)
+    reading_with(
+        patch,
+        lambda read, sums, draws: dataclasses.replace(
+            read(sums, draws), entropy=read(walked_unshaped(sums), None).entropy
+        ),
+    )
 
 
 @loop_mutant
 def the_guess_is_committed(patch: Patch) -> None:
-    def change(read, hidden, table, shape, draws) -> vocabulary.Reading:
-        reading = read(hidden, table, shape, draws)
+    def change(read, sums, draws) -> vocabulary.Reading:
+        reading = read(sums, draws)
         return dataclasses.replace(reading, best=reading.guess)
 
     reading_with(patch, change)
@@ -429,7 +451,7 @@ def the_guess_is_committed(patch: Patch) -> None:
 
 @loop_mutant
 def the_guess_is_the_best_token(patch: Patch) -> None:
-    reading_with(patch, lambda read, hidden, table, shape, draws: read(hidden, table, shape, None))
+    reading_with(patch, lambda read, sums, draws: read(sums, None))
 
 
 @loop_mutant
@@ -469,7 +491,7 @@ def history_includes_the_present(patch: Patch) -> None:
 
 @loop_mutant
 def settled_rows_go_on(patch: Patch) -> None:
-    patch.setattr(engine, "_keep", lambda done, old, new: new)
+    patch.setattr(engine._Canvas, "_keep", lambda self, old, new: new)
 
 
 @loop_mutant

@@ -5,6 +5,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -32,6 +33,7 @@ STATISTICS = Statistics(
     commit_seconds=0.1,
     tokens_per_forward=6.0,
     peak_memory_bytes=0,
+    tuning="trunk auto",
 )
 
 
@@ -41,7 +43,7 @@ def decode(ids: list[int]) -> str:
 
 def denoised(best: list[int], accepted: list[bool], entropy: list[float], step: int = 0, canvas: int = 0) -> Denoised:
     return Denoised(
-        canvas=canvas,
+        index=canvas,
         step=step,
         steps=48,
         temperature=0.8,
@@ -49,7 +51,7 @@ def denoised(best: list[int], accepted: list[bool], entropy: list[float], step: 
         guess=mx.array([best]),
         accepted=mx.array([accepted]),
         entropy=mx.array([entropy]),
-        current=mx.array([[(7 * i + step) % len(VOCABULARY) for i in best]]),
+        next_canvas=mx.array([[(7 * i + step) % len(VOCABULARY) for i in best]]),
         accepted_count=(sum(accepted),),
         mean_entropy=(sum(entropy) / len(entropy),),
         settled=(False,),
@@ -58,7 +60,7 @@ def denoised(best: list[int], accepted: list[bool], entropy: list[float], step: 
 
 def committed(text: str, canvas: int = 0, thinking: str = "") -> Committed:
     row = CanvasRow(ids=(1, 2), steps=8, settled=True, mean_entropy=0.001, accepted_per_step=(1, 2))
-    return Committed(canvas=canvas, rows=(row,), text=text, thinking=thinking)
+    return Committed(index=canvas, rows=(replace(row, text=text, thinking=thinking),))
 
 
 def finished() -> Finished:
@@ -202,7 +204,7 @@ def test_a_tall_canvas_is_cut_to_the_window(clock: Callable[[float], None]) -> N
 def test_an_interrupt_leaves_the_committed_text_and_a_clean_terminal(clock: Callable[[float], None]) -> None:
     def interrupted() -> Iterator[Event]:
         for event in script():
-            if isinstance(event, Denoised) and event.canvas == 1 and event.step == 3:
+            if isinstance(event, Denoised) and event.index == 1 and event.step == 3:
                 raise KeyboardInterrupt
             yield event
 
@@ -289,7 +291,7 @@ def test_at_most_fifteen_frames_a_second_and_arrays_are_read_only_to_be_drawn(cl
     frames, array = Frames(), Counted()
     sink = sinks.Live(frames, decode)
     event = denoised([1, 2], [True, False], [0.0, 1.0])
-    event = Denoised(**(vars(event) | dict.fromkeys(("best", "current", "accepted", "entropy"), array)))
+    event = Denoised(**(vars(event) | dict.fromkeys(("best", "next_canvas", "accepted", "entropy"), array)))
     for _ in range(1000):
         clock(0.01)
         sink(event)
@@ -323,7 +325,7 @@ def test_drawing_takes_at_most_a_fiftieth_of_the_time(
 
 def test_a_pipe_gets_the_bare_text() -> None:
     file = io.StringIO()
-    last = sinks.show(script(), sinks.Plain(file))
+    last = sinks.show(script(), sinks.BareText(file))
     assert file.getvalue() == TEXT + "\n"
     assert isinstance(last, Finished)
 
@@ -353,7 +355,8 @@ def test_thoughts_come_before_the_answer_they_led_to() -> None:
         committed("."),
         finished(),
     ]
-    texts = [event.text for event in sinks.with_thinking(events) if isinstance(event, Committed)]
+    voice = sinks.Voice(show_thinking=True)
+    texts = [voice(event) for event in events if isinstance(event, Committed)]
     assert "".join(texts) == "[thinking]\n2 + 2 is 4\n[answer]\nFour."
 
 

@@ -218,7 +218,7 @@ def test_what_cannot_work_is_refused(options: list[str], message: str) -> None:
 def test_memory_is_predicted_and_a_run_that_does_not_fit_is_refused(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_diffgemma.pipeline.machine_limit", lambda: 10**6)
+    monkeypatch.setattr("mlx_diffgemma.model.memory.machine_limit", lambda: 10**6)
     done = run("--data", data, "--output", tmp_path, *QUICK)
     assert done.exit_code == 1
     assert "this machine gives 0.0 GB" in done.output
@@ -228,7 +228,7 @@ def test_memory_is_predicted_and_a_run_that_does_not_fit_is_refused(
 def test_layers_are_recomputed_where_only_that_fits(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_diffgemma.pipeline.machine_limit", lambda: 50 * 10**6)
+    monkeypatch.setattr("mlx_diffgemma.model.memory.machine_limit", lambda: 50 * 10**6)
     done = run("--data", data, "--output", tmp_path, *QUICK)
     assert done.exit_code == 0, done.output
     assert "Turning on --checkpoint-layers" in done.output

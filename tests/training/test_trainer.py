@@ -17,9 +17,10 @@ import torch
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import TrainingError
 from mlx_diffgemma.files.adapters import TARGETS, Lora, attach
-from mlx_diffgemma.model.memory import leaves
-from mlx_diffgemma.model.network import Network
-from mlx_diffgemma.training import objective, optimizer, preparation, scoring, trainer
+from mlx_diffgemma.generation.settings import GenerationConfig
+from mlx_diffgemma.model.network import Network, leaves
+from mlx_diffgemma.model.tuning import DEFAULT
+from mlx_diffgemma.training import objective, optimizer, preparation, scoring
 from mlx_diffgemma.training.batches import Batches, make_batch
 from mlx_diffgemma.training.data import Ends, Example
 from mlx_diffgemma.training.objective import Batch
@@ -243,7 +244,7 @@ def test_running_all_experts_is_running_the_chosen_ones() -> None:
     x = mx.random.normal((7, 32), key=mx.random.key(1))
     chosen, weights = plain.router(x)
     every = objective.AllExperts(plain.experts)
-    assert mx.allclose(every(x, chosen, weights), plain.experts(x, chosen, weights), atol=1e-5)
+    assert mx.allclose(every(x, chosen, weights, DEFAULT), plain.experts(x, chosen, weights, DEFAULT), atol=1e-5)
 
 
 def test_pieces_of_the_vocabulary_pass_give_the_same_loss_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +323,7 @@ def test_eight_examples_are_learned_by_heart(tmp_path: Path) -> None:
     run = Trainer(network, settings, examples=made * 4, held_out=[], ends=ENDS, folder=tmp_path)
     losses = [event.decoder_loss for event in run.run() if isinstance(event, Trained)]
     assert np.mean(losses[-20:]) < 0.02
-    given = scoring.answers(network, made, trainer.GenerationConfig(max_tokens=12), seed=0)
+    given = scoring.answers(network, made, GenerationConfig(max_tokens=12), seed=0)
     assert all(ids == example.response for example, ids, _ in given)
 
 
