@@ -40,19 +40,20 @@ def test_what_is_planted_is_noticed_and_nothing_else(tmp_path: Path, capsys: pyt
 
 
 def test_how_far_a_draw_is_from_another_guess(tmp_path: Path) -> None:
+    """From the next id and from the one before: moved so far the draw gives it, moved half as far it does not."""
     bits.make_models(common.ROOT, tmp_path / "models", {"restless"})
-    run = bits_runs.RUNS[RECORDED]
+    run, place = bits_runs.RUNS[RECORDED], (0, 2, 3)
     model = bits_runs.model(tmp_path / "models" / "restless", None)
     noise = bits_runs.noise(run, model, 1)
-    steps: list[np.ndarray] = [
-        found["entropy"] for _, found in bits_runs.records(run, tmp_path / "models") if "entropy" in found
-    ]
-    place = max(((0, i, int(e.argmax())) for i, e in enumerate(steps)), key=lambda at: steps[at[1]].max())
+
+    def guess(by: float) -> int:
+        return bits_runs.guess(model, run, bits_runs.Moved(noise, place, by), place)
+
     for sign in (1, -1):
-        moved = bits_runs.Moved(noise, place, sign / 16)
-        target = bits_runs.guess(model, run, moved, place)
-        assert target != bits_runs.guess(model, run, noise, place)
-        assert 0 < bits_runs.distance(run, tmp_path / "models", place, target) <= 1 / 16
+        target = guess(0) + sign
+        by = sign * bits_runs.distance(run, tmp_path / "models", place, target)
+        assert 0 < abs(by) <= 1
+        assert sign * guess(by / 2) < sign * target <= sign * guess(by)
 
 
 def test_entropies_are_compared_bit_for_bit() -> None:
