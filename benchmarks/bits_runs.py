@@ -214,13 +214,16 @@ def guess(loaded: Any, run: Run, noise: Noise, address: tuple[int, int, int]) ->
 
 
 def _stream(events: Any, where: str = "") -> Iterator[Record]:
+    committed = 0  # canvases: the field that counts them has had two names
     for event in events:
         if type(event).__name__ == "Denoised":
             names = ("best", "guess", "accepted", "entropy", "settled")
             yield (
-                f"{where}canvas {event.canvas}, step {event.step}",
+                f"{where}canvas {committed}, step {event.step}",
                 {name: np.array(getattr(event, name)) for name in names},
             )
+        elif type(event).__name__ == "Committed":
+            committed += 1
         elif type(event).__name__ == "Finished":
             yield from _answer(event.result, where)
 

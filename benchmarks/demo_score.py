@@ -13,13 +13,14 @@ import click
 
 from benchmarks import train_demo
 from mlx_diffgemma import load
-from mlx_diffgemma.pipeline import DiffusionGemma
-from mlx_diffgemma.train import builtin
-from mlx_diffgemma.trainer import Example, answers
+from mlx_diffgemma.files.shipped import BUILT_IN
+from mlx_diffgemma.pipeline.model import DiffusionGemma
+from mlx_diffgemma.training.data import Example
+from mlx_diffgemma.training.scoring import answers
 
 
 @click.command()
-@click.option("--model", default=builtin, help="[default: the built-in model]")
+@click.option("--model", default=BUILT_IN, help="[default: the built-in model]")
 @click.option("--adapter")
 @click.option("--count", default=60, help="Held-out examples of each task.")
 @click.option("--seeds", default="0,1,2")

@@ -24,12 +24,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from benchmarks import common
-from mlx_diffgemma import checkpoint, engine
-from mlx_diffgemma.config import GenerationConfig
-from mlx_diffgemma.network import Network
-from mlx_diffgemma.noise import SeededNoise
-from mlx_diffgemma.recordings import small_network
-from mlx_diffgemma.tokenizer import Tokenizer
+from mlx_diffgemma.files import checkpoint, weights
+from mlx_diffgemma.generation import engine, events
+from mlx_diffgemma.generation.noise import SeededNoise
+from mlx_diffgemma.generation.settings import GenerationConfig
+from mlx_diffgemma.model.network import Network
+from mlx_diffgemma.proof.recordings import small_network
+from mlx_diffgemma.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +70,18 @@ def ours(network: Network, settings: GenerationConfig) -> Side:
         for event in engine.generate(network, [prompt], settings, noise):
             now = time.perf_counter() - begun
             marks.setdefault(type(event), now)
-            if isinstance(event, engine.Prefilled):
-                marks[engine.Prefilled] = now
-            elif isinstance(event, engine.Committed):
+            if isinstance(event, events.Prefilled):
+                marks[events.Prefilled] = now
+            elif isinstance(event, events.Committed):
                 committed.append(event.rows[0])
         return Run(
             tokens=sum(len(row.ids) for row in committed),
             steps=sum(row.steps for row in committed),
             canvases=len(committed),
-            seconds=marks[engine.Finished],
-            prefill=marks[engine.Prefilled],
-            first_sign=marks[engine.Denoised],
-            first_canvas=marks[engine.Committed],
+            seconds=marks[events.Finished],
+            prefill=marks[events.Prefilled],
+            first_sign=marks[events.Denoised],
+            first_canvas=marks[events.Committed],
             memory=mx.get_peak_memory() - before,
         )
 
@@ -305,7 +306,7 @@ def load(options: argparse.Namespace) -> tuple[dict[str, Any], Network, Generati
     stop_ids = tuple(dict.fromkeys((*settings.stop_ids, *tokenizer.stop_ids)))
     messages = [[{"role": "user", "content": text}] for text in options.prompt or common.PROMPTS]
     prompts = [tokenizer.apply_chat_template(message) for message in messages]
-    network = checkpoint.load_network(folder)
+    network = weights.load_network(folder)
     return checkpoint.read_json(folder / "config.json"), network, settings.replace(stop_ids=stop_ids), prompts
 
 

@@ -22,8 +22,9 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks import common, step
-from mlx_diffgemma import vocabulary
-from mlx_diffgemma.bench import WITHOUT, plain
+from mlx_diffgemma.bench import WITHOUT, plain_tuning
+from mlx_diffgemma.generation import vocabulary
+from mlx_diffgemma.model.tuning import DEFAULT
 
 WORKS = {
     "step": ("tiles", "streams", "in-place", "sorted-experts"),
@@ -44,28 +45,42 @@ class Late:
         self.hidden = self.table(ours.canvas) * sharpness[:, None]
         mx.eval(self.hidden)
 
-    def __call__(self) -> None:
-        ours, before = self.ours, vocabulary.read(self.hidden[:, :10], self.table, self.ours.shape, None)
-        sparse = vocabulary.soft_rows(before, self.table).mean().item() <= 0.5  # the step before was mostly sure
-        draws = ours.noise.draws(0, step.STEP)
-        reading = vocabulary.read(self.hidden, self.table, ours.shape, draws, with_signal=not sparse)
+    def __call__(self, *, sparse_signal: bool) -> None:
+        shaping, tuning = self.ours.shaping, self.ours.network.tuning
+        before = vocabulary.walk(self.hidden[:, :10], self.table, shaping, tuning=tuning).read(None)
+        sure = vocabulary.soft_rows(before, self.table).mean().item() <= 0.5  # the step before was mostly sure
+        dense = not (sparse_signal and sure)
+        sums = vocabulary.walk(self.hidden, self.table, shaping, with_signal=dense, tuning=tuning)
+        reading = sums.read(self.ours.noise.draws(0, step.STEP))
         signal = reading.signal
         if signal is None:
             rows = np.flatnonzero(np.array(vocabulary.soft_rows(reading, self.table)))
-            signal = vocabulary.sparse_signal(self.hidden, self.table, ours.shape, reading.best, mx.array(rows))
+            signal = vocabulary.sparse_signal(sums, reading.best, mx.array(rows), tuning=tuning)
         mx.eval(signal, reading.best, reading.guess, reading.entropy)
 
 
-def works(ours: step.Ours) -> dict[str, Callable[[], None]]:
+Work = Callable[[tuple[str, ...]], None]  # given the ideas that are left out
+
+
+def works(ours: step.Ours) -> dict[str, Work]:
     ids = mx.random.randint(0, ours.network.config.vocab_size, (1, TOKENS), key=mx.random.key(3))
-    snapshot = ours.cache.snapshot()
+    late = Late(ours)
 
     def prefill() -> None:
-        ours.network.encode(ids, ours.cache)
-        mx.eval(ours.cache.state)
-        ours.cache.restore(snapshot)
+        cache = ours.cache.fork()
+        ours.network.encode(ids, cache)
+        mx.eval(cache.state)
 
-    return {"step": ours.step, "late": Late(ours), "prefill": prefill}
+    def without(work: Callable[..., None], **options: bool) -> Work:
+        def run(ideas: tuple[str, ...]) -> None:
+            ours.network.tuning = plain_tuning(DEFAULT, ideas)
+            for layer in ours.cache.layers:
+                layer.write_in_place = ours.network.tuning.write_in_place
+            work(**dict.fromkeys(options, "sparse-signal" not in ideas))
+
+        return run
+
+    return {"step": without(ours.step), "late": without(late, sparse_signal=True), "prefill": without(prefill)}
 
 
 def variants(ideas: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -74,15 +89,11 @@ def variants(ideas: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     return {"none": tuple(WITHOUT), "all": ()} | alone | {f"without {idea}": (idea,) for idea in ideas}
 
 
-def measure(work: Callable[[], None], ideas: tuple[str, ...], runs: int) -> dict[str, dict[str, float]]:
+def measure(work: Work, ideas: tuple[str, ...], runs: int) -> dict[str, dict[str, float]]:
     """Median seconds and peak bytes of every variant."""
 
     def varied(without: tuple[str, ...]) -> Callable[[], None]:
-        def run() -> None:
-            with plain(*without):
-                work()
-
-        return run
+        return lambda: work(without)
 
     functions = {name: varied(without) for name, without in variants(ideas).items()}
     seconds = common.alternate(functions, runs)

@@ -55,9 +55,9 @@ begun = time.perf_counter()
 OURS = """
 from mlx_diffgemma import load
 seconds["import"] = time.perf_counter() - begun
-from mlx_diffgemma import pipeline
-timed(pipeline.checkpoint, "load_network", "model")
-timed(pipeline.Tokenizer, "load", "tokenizer")
+from mlx_diffgemma.pipeline import loading
+timed(loading.weights, "load_network", "model")
+timed(loading.Tokenizer, "load", "tokenizer")
 """
 THEIRS = """
 from mlx_vlm import load
@@ -90,16 +90,16 @@ def measure(side: str, folder: Path, *, torch: bool = False) -> dict[str, float]
 def make_pack(folder: Path, *, hidden: int, layers: int, experts: int, vocabulary: int) -> Path:
     """A random pack in q8 with the released names, and a tokenizer of so many tokens."""
     from benchmarks.step import config
-    from mlx_diffgemma.checkpoint import open_checkpoint
-    from mlx_diffgemma.convert import load_recipe
-    from mlx_diffgemma.packs import convert, prepare
+    from mlx_diffgemma.files.checkpoint import open_checkpoint
+    from mlx_diffgemma.packing.conversion import convert, plan_conversion
+    from mlx_diffgemma.packing.recipes import load_recipe
     from tests import small, synthetic
 
     text = config(hidden, layers, experts, vocabulary)["text_config"]
     source = synthetic.write(folder / "source", synthetic.small_config(**text), fill=synthetic.block_fill())
     small.write_tokenizer(source)
     enlarge(source / "tokenizer.json", vocabulary)
-    convert(prepare(open_checkpoint(source), load_recipe("q8")), folder / "pack")
+    convert(plan_conversion(open_checkpoint(source), load_recipe("q8")), folder / "pack")
     return folder / "pack"
 
 

@@ -18,7 +18,7 @@ from mlx_vlm.models.diffusion_gemma import Model as PeerModel
 
 from benchmarks import common
 from benchmarks.step import Arrays, config, keys_and_values, our_network, peer_model
-from mlx_diffgemma.network import Network
+from mlx_diffgemma.model.network import Network
 
 CHUNK = 2048
 

@@ -17,9 +17,11 @@ from typing import Any
 
 from benchmarks import common, ideas, roofline
 from benchmarks import recipes as measured_recipes
-from mlx_diffgemma import checkpoint, quantize
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.convert import load_recipe
+from mlx_diffgemma.files import checkpoint, layout
+from mlx_diffgemma.model import memory
+from mlx_diffgemma.packing import plan
+from mlx_diffgemma.packing.recipes import load_recipe
 
 RESULTS = Path(__file__).with_name("results")
 RECIPES = ("q8", "q6", "q4-bf16", "q4", "mxfp4", "q3", "q2")
@@ -68,10 +70,10 @@ def recipes() -> str:
         "|---" * 7 + "|",
     ]
     for name in RECIPES:
-        sizes = quantize.sizes(recipe := load_recipe(name), quantize.plan(recipe, checkpoint.sources(config)))
-        whole = quantize.Size.sum(sizes.values())
+        sizes = plan.sizes(recipe := load_recipe(name), plan.plan(recipe, layout.sources(config)))
+        whole = plan.Size.sum(sizes.values())
         text = whole.nbytes - sizes["vision"].nbytes
-        macs = [_macs(quantize.memory_needed(config, text, prefix)) for prefix in PREFIXES]
+        macs = [_macs(memory.memory_needed(config, text, prefix)) for prefix in PREFIXES]
         label = f"`{name}`" + " (default)" * (name == "q4") + " (experimental)" * recipe.experimental
         figures = (f"{whole.nbytes / 1e9:.1f}", f"{whole.bits_per_weight:.1f}")
         rows.append(f"| {' | '.join((label, sizes['experts'].packing, sizes['attention'].packing, *figures, *macs))} |")
@@ -79,7 +81,7 @@ def recipes() -> str:
 
 
 def _macs(needed: int) -> str:
-    normal, raised = quantize.smallest_macs(needed)
+    normal, raised = memory.smallest_macs(needed)
     return f"{normal} GB" + (f" ({raised} GB)" if raised and raised != normal else "")
 
 

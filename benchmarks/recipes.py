@@ -19,12 +19,17 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks import common, demo_score, train_demo
-from mlx_diffgemma import checkpoint, load, packs, sampler
-from mlx_diffgemma.config import GenerationConfig, load_recipe, recipe_names
-from mlx_diffgemma.engine import Denoised, generate
-from mlx_diffgemma.network import Network
-from mlx_diffgemma.noise import SeededNoise
-from mlx_diffgemma.tokenizer import Tokenizer
+from mlx_diffgemma import load
+from mlx_diffgemma.files import checkpoint, weights
+from mlx_diffgemma.generation import sampler
+from mlx_diffgemma.generation.engine import generate
+from mlx_diffgemma.generation.events import Denoised
+from mlx_diffgemma.generation.noise import SeededNoise
+from mlx_diffgemma.generation.settings import GenerationConfig
+from mlx_diffgemma.model.network import Network
+from mlx_diffgemma.packing import conversion
+from mlx_diffgemma.packing.recipes import load_recipe, recipe_names
+from mlx_diffgemma.text.tokenizer import Tokenizer
 
 RENOISED = 0.5  # share of a settled canvas that is replaced
 TEMPERATURE = 0.5
@@ -33,7 +38,7 @@ TASKS = (*train_demo.TASKS, "sudoku")
 
 @cache
 def built_in() -> Network:
-    return checkpoint.load_network(common.DEMO)
+    return weights.load_network(common.DEMO)
 
 
 @cache
@@ -101,7 +106,7 @@ class Kept:
 def pack(name: str, folder: Path) -> Path:
     """The built-in model by a recipe, in a new folder inside `folder`."""
     target = folder / name
-    packs.convert(packs.prepare(checkpoint.open_checkpoint(common.DEMO), load_recipe(name)), target)
+    conversion.convert(conversion.plan_conversion(checkpoint.open_checkpoint(common.DEMO), load_recipe(name)), target)
     return target
 
 
@@ -127,7 +132,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.only:
             source = common.DEMO if name == "float32" else pack(name, Path(folder))
-            network = checkpoint.load_network(source)
+            network = weights.load_network(source)
             network.set_dtype(mx.float32)  # what is not packed, scales and biases
             kept = Kept.of(whole, Reading.of(network, RENOISED))
             found[name] = asdict(kept) | answers(source, arguments.count, seeds)

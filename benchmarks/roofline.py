@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from mlx_diffgemma import checkpoint, quantize
-from mlx_diffgemma.checkpoint import read_json
 from mlx_diffgemma.config import LayerConfig, ModelConfig
-from mlx_diffgemma.convert import load_recipe, recipe_names
+from mlx_diffgemma.files import layout
+from mlx_diffgemma.files.checkpoint import read_json
+from mlx_diffgemma.model.memory import SYSTEM, memory_needed
+from mlx_diffgemma.packing import plan
+from mlx_diffgemma.packing.recipes import load_recipe, recipe_names
 
 RELEASED = common.ROOT / "tests" / "data" / "released" / "config.json"
 MACS = Path(__file__).with_name("macs.toml")
@@ -52,13 +54,13 @@ class Model:
 
     config: ModelConfig
     recipe: str
-    sizes: dict[str, quantize.Size]
+    sizes: dict[str, plan.Size]
 
     @classmethod
     def of(cls, config: ModelConfig, recipe: str) -> "Model":
         """What the converter would make of the config with a recipe of this name (or TOML file)."""
         chosen = load_recipe(recipe)
-        sizes = quantize.sizes(chosen, quantize.plan(chosen, checkpoint.sources(config)))
+        sizes = plan.sizes(chosen, plan.plan(chosen, layout.sources(config)))
         return cls(config=config, recipe=recipe, sizes={k: size for k, size in sizes.items() if k != "vision"})
 
     @property
@@ -103,7 +105,7 @@ def _layers(model: Model, rows: int, prefix: int, *, causal: bool) -> list[Part]
     ]
 
 
-def _dense(name: str, size: quantize.Size, rows: int) -> Part:
+def _dense(name: str, size: plan.Size, rows: int) -> Part:
     return Part(name=name, flops=2.0 * rows * size.parameters, nbytes=float(size.nbytes))
 
 
@@ -251,10 +253,10 @@ def lent(memory: int) -> tuple[float, int]:
 
     As it comes: two thirds of up to 36 GB, three quarters of more. Logged by Metal itself: 10,923 MiB of 16 GB
     (abetlen/llama-cpp-python issue 687), 21,845 MiB of 32 GB (ggml-org/llama.cpp pull request 2011), 96 GB of 128;
-    macOS 26 lends more, 107.5 GiB of 128 (antirez/ds4 pull request 893). Raised: all but 4 GiB, as in quantize.py.
+    macOS 26 lends more, 107.5 GiB of 128 (antirez/ds4 pull request 893). Raised: all but 4 GiB, as in model/memory.py.
     """
     nbytes = memory << 30
-    return nbytes * (2 / 3 if memory <= 36 else 3 / 4), nbytes - quantize.SYSTEM
+    return nbytes * (2 / 3 if memory <= 36 else 3 / 4), nbytes - SYSTEM
 
 
 def choose(memory: int, needs: dict[str, int]) -> str | None:
@@ -328,9 +330,7 @@ MAC_HEADER = ["Mac", "GPU", "memory: recipe", "ms a step: least, likely", "likel
 def mac_table(macs: Macs, models: dict[str, Model], prefix: int) -> list[list[object]]:
     """Per chip: the recipe for each memory, and the speed of the best of them behind 1,024 tokens."""
     efficiencies = macs.efficiencies(models)
-    needs = {
-        name: quantize.memory_needed(models[name].config, models[name].weight_bytes, prefix) for name in BY_QUALITY
-    }
+    needs = {name: memory_needed(models[name].config, models[name].weight_bytes, prefix) for name in BY_QUALITY}
     rows: list[list[object]] = []
     for chip in macs.chips.values():
         picks = {memory: choose(memory, needs) for memory in chip.memory}
@@ -369,7 +369,7 @@ README_STEPS = (15, 12)  # of a canvas, as is typical
 def readme_rows(macs: Macs, models: dict[str, Model]) -> list[list[object]]:
     """The short table of Macs: what fits as macOS comes (`*`: after raising the limit), and its likely speed."""
     efficiencies = macs.efficiencies(models)
-    needs = {n: quantize.memory_needed(models[n].config, models[n].weight_bytes, TABLE_PREFIX) for n in BY_QUALITY}
+    needs = {n: memory_needed(models[n].config, models[n].weight_bytes, TABLE_PREFIX) for n in BY_QUALITY}
     rows: list[list[object]] = []
     for name, memory in README_MACS:
         chip, recipe = macs.chips[name], choose(memory, needs) or ""

@@ -22,7 +22,7 @@ import mlx.core as mx
 
 import mlx_diffgemma
 from benchmarks import common
-from mlx_diffgemma.pipeline import DiffusionGemma, Prompt
+from mlx_diffgemma.pipeline.model import DiffusionGemma, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,9 @@ def run(model: DiffusionGemma, prompts: Sequence[Prompt], runs: int, **options: 
         samples.append(
             Sample(
                 seconds=seconds,
-                seconds_per_step=result.stats.seconds_per_step,
-                cpu_seconds_per_step=worked / result.stats.steps,
-                steps=result.stats.steps,
+                seconds_per_step=result.statistics.seconds_per_step,
+                cpu_seconds_per_step=worked / result.statistics.steps,
+                steps=result.statistics.steps,
                 tokens=len(result.tokens),
                 live_bytes=mx.get_active_memory(),
                 cached_bytes=mx.get_cache_memory(),

@@ -34,10 +34,12 @@ from mlx_vlm.models.diffusion_gemma import ModelConfig as PeerConfig
 from mlx_vlm.models.diffusion_gemma import language as peer_language
 
 from benchmarks import common, generate, roofline
-from mlx_diffgemma import checkpoint, sampler, vocabulary
-from mlx_diffgemma.config import GenerationConfig, ModelConfig
-from mlx_diffgemma.network import Network
-from mlx_diffgemma.noise import SeededNoise
+from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.files import checkpoint
+from mlx_diffgemma.generation import sampler, vocabulary
+from mlx_diffgemma.generation.noise import SeededNoise
+from mlx_diffgemma.generation.settings import GenerationConfig
+from mlx_diffgemma.model.network import Network
 
 STEPS, STEP = 48, 10  # a step in the middle of the schedule
 SETTINGS = GenerationConfig()
@@ -126,7 +128,8 @@ class Ours:
             network.encode(prompt[:, start : start + CHUNK], self.cache)
             mx.eval(self.cache.state)
         self.noise = SeededNoise([0], length=length, vocabulary=size)
-        self.shape = vocabulary.Shape(cap=30.0, temperature=sampler.temperature(STEP, STEPS, t_min=0.4, t_max=0.8))
+        temperature = sampler.temperature(STEP, STEPS, t_min=0.4, t_max=0.8)
+        self.shaping = vocabulary.Shaping(cap=30.0, temperature=temperature)
         self.canvas = self.noise.canvas(0)
         self.signal = mx.random.normal((1, length, network.config.hidden_size), key=mx.random.key(1))
         self.best = self.canvas
@@ -137,7 +140,8 @@ class Ours:
         return self.network.denoise(self.canvas, self.cache, self.signal if signal is None else signal)
 
     def read(self, hidden: mx.array) -> list[Any]:
-        reading = vocabulary.read(hidden, self.network.decoder.embed_tokens, self.shape, self.noise.draws(0, STEP))
+        sums = vocabulary.walk(hidden, self.network.decoder.embed_tokens, self.shaping, tuning=self.network.tuning)
+        reading = sums.read(self.noise.draws(0, STEP))
         accepted = sampler.accept(reading.entropy, SETTINGS.entropy_bound)
         canvas = sampler.renoise(accepted, reading.guess, self.noise.ids(0, STEP))
         settled = sampler.settled(reading.best, [self.best], reading.entropy, stability=1, confidence=0.005)

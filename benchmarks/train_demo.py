@@ -448,8 +448,8 @@ def write_model(folder: Path) -> None:
     """What `train --from-scratch` starts from: tokenizer, configs, and the weights of a vision tower at rest."""
     import mlx.core as mx
 
-    from mlx_diffgemma.checkpoint import expected_tensors, is_vision
     from mlx_diffgemma.config import ModelConfig
+    from mlx_diffgemma.files.layout import expected_tensors, is_vision
 
     size = write_tokenizer(folder)
     config = {**CONFIG, "text_config": {**CONFIG["text_config"], "vocab_size": size}, "vision_config": VISION}

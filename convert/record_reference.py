@@ -68,8 +68,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from mlx_diffgemma.recordings import random_weights  # noqa: E402
-from mlx_diffgemma.tokenizer import Tokenizer  # noqa: E402
+from mlx_diffgemma.proof.recordings import random_weights  # noqa: E402
+from mlx_diffgemma.text.tokenizer import Tokenizer  # noqa: E402
 
 BUILT_IN = ROOT / "mlx_diffgemma" / "demo"
 

@@ -1,25 +1,21 @@
 """`mlx_diffgemma.bench`: the same prompts on every machine, one JSON file, and a table to compare two of them."""
 
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import __version__
 from .cli import command, model_options, open_model
 from .errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
-    from .pipeline import DiffusionGemma
+    from .model.tuning import Tuning
+    from .pipeline.model import DiffusionGemma
 
 PASSAGE = (
     "A lighthouse keeper writes down the weather four times a day: the wind, the state of the sea, the height of the"
@@ -77,52 +73,41 @@ def main(
         raise ConfigError(f"cannot write {output}: there is no folder {target.parent}.")
     begun = time.perf_counter()
     loaded = open_model(source)
+    from .proof.machine import machine
+
     about = machine() | describe(loaded, source.get("model")) | {"load_seconds": time.perf_counter() - begun}
     found: dict[str, Any] = {}
-    with plain(*without):
-        for name in only or PROMPTS:
-            try:
-                found[name] = measure(loaded, *PROMPTS[name], repeat)
-            except PromptError as error:  # a prompt longer than a small model's context
-                found[name] = {"left_out": str(error)}
+    leave_out(loaded, without)
+    for name in only or PROMPTS:
+        try:
+            found[name] = measure(loaded, *PROMPTS[name], repeat)
+        except PromptError as error:  # a prompt longer than a small model's context
+            found[name] = {"left_out": str(error)}
     report = about | {"without": list(without), "prompts": found}
     target.write_text(json.dumps(report, indent=1) + "\n")
     _table(report)
     click.echo(f"Written to {output}. To compare: mlx_diffgemma.bench --compare {output} OTHER.json")
 
 
-@contextmanager
-def plain(*without: str) -> Iterator[None]:
-    """Leave out these ideas of WITHOUT, for as long as the context lasts. The same tokens come out."""
-    import mlx.core as mx
+def leave_out(model: "DiffusionGemma", without: tuple[str, ...]) -> None:
+    """Have a model work without these ideas of WITHOUT. The same tokens come out."""
+    model.network.tuning = plain_tuning(model.network.tuning, without)
+    if "sparse-signal" in without:
+        model.generation_config = model.generation_config.replace(sparse_signal=False)
 
-    from . import cache, layers, masks, vocabulary
 
-    def look(self: cache.LayerCache, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if self.keys is None or self.values is None:
-            return keys, values
-        prefix = slice(None), slice(None), slice(self.length)
-        return mx.concatenate([self.keys[prefix], keys], 2), mx.concatenate([self.values[prefix], values], 2)
-
-    pieces = masks.Window.pieces
+def plain_tuning(tuning: "Tuning", without: tuple[str, ...]) -> "Tuning":
+    """The tuning that leaves out these ideas of WITHOUT; the sparse signal is an option of a run instead."""
     many = 1 << 62
-    changes: dict[str, list[tuple[Any, str, Any]]] = {
-        "tiles": [(vocabulary, "TILE", many)],
-        "streams": [(vocabulary, "STREAMS", vocabulary.STREAMS[:1])],
-        "sparse-signal": [(vocabulary, "soft_rows", lambda reading, table: mx.ones(reading.tail.shape, mx.bool_))],
-        "in-place": [(cache.LayerCache, "look", look)],
-        "pieces": [(layers, "SCORES", many), (masks.Window, "pieces", lambda self, step: pieces(self, self.length))],
-        "sorted-experts": [(layers, "SORT_FROM", many)],
+    changes: dict[str, dict[str, Any]] = {
+        "tiles": {"tile": many},
+        "streams": {"streams": 1},
+        "sparse-signal": {},
+        "in-place": {"write_in_place": False},
+        "pieces": {"scores": many, "skip_hidden_keys": False},
+        "sorted-experts": {"sort_from": many},
     }
-    chosen = [change for name in without for change in changes[name]]
-    before = [(owner, attribute, getattr(owner, attribute)) for owner, attribute, _ in chosen]
-    try:
-        for owner, attribute, value in chosen:
-            setattr(owner, attribute, value)
-        yield
-    finally:
-        for owner, attribute, value in before:
-            setattr(owner, attribute, value)
+    return replace(tuning, **{field: value for name in without for field, value in changes[name].items()})
 
 
 def measure(model: "DiffusionGemma", prompt: str, tokens: int, repeat: int) -> dict[str, Any]:
@@ -132,9 +117,12 @@ def measure(model: "DiffusionGemma", prompt: str, tokens: int, repeat: int) -> d
 
 
 def _run(model: "DiffusionGemma", prompt: str, tokens: int, seed: int) -> dict[str, Any]:
-    from .engine import Committed, Finished
-    from .render import statistics_json
+    import mlx.core as mx
 
+    from .generation.events import Committed, Finished
+    from .pipeline.results import statistics_json
+
+    mx.reset_peak_memory()
     begun, first, result = time.perf_counter(), 0.0, None
     for event in model.stream(prompt, seed=seed, max_tokens=tokens):
         if isinstance(event, Committed):
@@ -142,7 +130,7 @@ def _run(model: "DiffusionGemma", prompt: str, tokens: int, seed: int) -> dict[s
         elif isinstance(event, Finished):
             result = event.result
     assert result is not None  # the last event is Finished
-    told = statistics_json(result.stats)
+    told = statistics_json(result.statistics)
     return told | {
         "seed": seed,
         "seconds": time.perf_counter() - begun,
@@ -153,45 +141,18 @@ def _run(model: "DiffusionGemma", prompt: str, tokens: int, seed: int) -> dict[s
     }
 
 
-def machine() -> dict[str, Any]:
-    """Chip, memory, system and versions."""
-    from importlib.metadata import version
-
-    import mlx.core as mx
-
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "chip": _chip(),
-        "memory_bytes": memory,
-        "cores": os.cpu_count(),
-        "system": f"macOS {platform.mac_ver()[0]}" if platform.system() == "Darwin" else platform.platform(terse=True),
-        "python": platform.python_version(),
-        "mlx": version("mlx"),
-        "device": str(mx.default_device()),
-        "preload": os.environ.get("LD_PRELOAD"),
-        "mlx_diffgemma": __version__,
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _chip() -> str:
-    if platform.system() == "Darwin":
-        return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-
-
 def describe(model: "DiffusionGemma", name: str | None) -> dict[str, Any]:
     """Which weights: name, recipe (the default packing, if packed), parameters and their bytes."""
-    from mlx.utils import tree_flatten
+    from .model.memory import weight_bytes
+    from .model.network import leaves
 
-    arrays = list(dict(tree_flatten(model.network.parameters())).values())
+    arrays = list(leaves(model.network.parameters()).values())
     packing = model.config.quantization or {}
     recipe = {key: packing[key] for key in ("bits", "group_size", "mode") if key in packing}
     return {
         "model": Path(name).name if name else "built-in",
         "recipe": recipe or str(arrays[0].dtype).removeprefix("mlx.core."),
-        "weight_bytes": sum(array.nbytes for array in arrays),
+        "weight_bytes": weight_bytes(model.network),
         "canvas_length": model.config.canvas_length,
     }
 

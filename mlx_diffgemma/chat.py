@@ -12,7 +12,8 @@ from .cli import command, generation_options, model_options, open_model
 from .errors import DiffGemmaError
 
 if TYPE_CHECKING:
-    from .pipeline import DiffusionGemma, Result
+    from .pipeline.model import DiffusionGemma
+    from .pipeline.results import Result
 
 
 @command("chat")
@@ -54,12 +55,11 @@ class Talk:
         self.last: Result | None = None
 
     def answer(self, text: str) -> None:
-        from . import render
+        from .terminal import sinks
 
-        events = self.chat.stream(text)
+        stdout = sinks.on_stdout(self.model.tokenizer.decode, show_thinking=self.show_thinking)
         try:
-            shown = render.with_thinking(events) if self.show_thinking else events
-            self.last = render.show(shown, render.on_stdout(self.model.tokenizer.decode)).result
+            self.last = sinks.show(self.chat.stream(text), stdout).result
         except KeyboardInterrupt:
             click.echo("(stopped: this turn is forgotten)", err=True)
 
@@ -98,9 +98,9 @@ class Talk:
 
     def stats(self, _: str) -> None:
         """what the last answer cost"""
-        from . import render
+        from .terminal.sinks import summary
 
-        click.echo(render.summary(self.last) if self.last else "nothing was said yet")
+        click.echo(summary(self.last) if self.last else "nothing was said yet")
 
     def exit(self, _: str) -> None:
         """end the talk, as Ctrl-D does"""

@@ -7,18 +7,17 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import __version__
+from ._version import __version__
 from .errors import DiffGemmaError
+from .files.shipped import BUILT_IN
 
 if TYPE_CHECKING:
-    from .pipeline import DiffusionGemma
+    from .pipeline.model import DiffusionGemma
 
-BUILT_IN = Path(__file__).parent / "demo"
 COMMANDS = {
     "generate": "Write a reply to a prompt, and watch the canvas settle.",
     "chat": "Talk with the model.",
@@ -29,7 +28,7 @@ COMMANDS = {
 }
 
 
-class Plain(click.Command):
+class Command(click.Command):
     """A command whose failures are one to three lines on stderr, with a traceback only on `--debug`."""
 
     def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:  # pyright: ignore
@@ -49,7 +48,7 @@ class Plain(click.Command):
         sys.exit(status if isinstance(status, int) else 0)
 
 
-class Group(Plain, click.Group):
+class Group(Command, click.Group):
     """Imports a command's module when that command is asked for, so that `--help` is quick."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -88,7 +87,7 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
 
     def decorate(function: Callable[..., None]) -> click.Command:
         names = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-        made = click.command(name, cls=Plain, context_settings=names)(function)
+        made = click.command(name, cls=Command, context_settings=names)(function)
         made.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks."))
         return made
 
@@ -115,7 +114,7 @@ def open_model(source: dict[str, Any], *, quiet: bool = False) -> "DiffusionGemm
     """Load the model, or the built-in one with a line that says how to get the real one."""
     from rich.console import Console
 
-    from .pipeline import load
+    from .pipeline.loading import load
 
     stderr = Console(stderr=True, quiet=quiet)
     if "model" not in source:

@@ -1,66 +1,25 @@
 """`mlx_diffgemma.convert`: the released checkpoint into an MLX pack that fits.
 
-The work is done in packs.py; what the converter knows is data, in convert/.
+The work is done in packing/; what the converter knows is data, in convert/.
 """
 
-import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .cli import command
-from .config import DTYPES, MODE_DEFAULTS, RELEASED, ModelConfig, Recipe, adhoc_recipe, load_recipe, recipe_names
+from .config import RELEASED, ModelConfig
+from .files.quantization import MODE_DEFAULTS, describe
+from .packing.recipes import DTYPES, Recipe, adhoc_recipe, load_recipe, recipe_names
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used
-    from .packs import Conversion, Piece
-    from .quantize import Planned
-    from .verification import Error
-
-# ----------------------------------------------------------------------------------------------------- the terminal
-
-
-class Bar:
-    """A progress bar on a terminal; elsewhere a log line every 15 seconds. Both on stderr."""
-
-    def __init__(self, verb: str):
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TimeRemainingColumn
-
-        self.verb, self.console = verb, Console(stderr=True)
-        columns = ("{task.description}", BarColumn(), "{task.fields[state]}", TimeRemainingColumn())
-        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self.tensors = self.nbytes = self.whole = self.done = 0
-        self.began = self.logged = time.monotonic()
-
-    def __enter__(self) -> "Bar":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-        if self.done:
-            self.console.print(f"{self.verb}: {self._state()} in {time.monotonic() - self.began:.0f} s")
-
-    def begin(self, tensors: int, nbytes: int) -> None:
-        self.tensors, self.nbytes = tensors, nbytes
-        self.began = self.logged = time.monotonic()
-        self.bar.add_task(self.verb, total=nbytes, state="")
-
-    def advance(self, piece: "Piece") -> None:
-        self.done += piece.nbytes
-        self.whole += piece.stop == piece.tensor.rows
-        self.bar.update(self.bar.task_ids[0], completed=self.done, state=self._state())
-        if not self.console.is_terminal and time.monotonic() - self.logged > 15:
-            self.logged = time.monotonic()
-            left = (self.logged - self.began) * (self.nbytes / self.done - 1)
-            self.console.print(f"{self.verb}: {self._state()}, {left:.0f} s left")
-
-    def _state(self) -> str:
-        rate = self.done / max(time.monotonic() - self.began, 1e-9)
-        return f"{self.whole}/{self.tensors} tensors, {self.done / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s"
+    from .files.checkpoint import Checkpoint
+    from .packing.conversion import Conversion
+    from .packing.plan import Planned
+    from .packing.verification import Deviation
 
 
 def print_plan(config: ModelConfig, recipe: Recipe, planned: "Sequence[Planned]") -> None:
@@ -68,32 +27,31 @@ def print_plan(config: ModelConfig, recipe: Recipe, planned: "Sequence[Planned]"
     from rich.console import Console
     from rich.table import Table
 
-    from . import quantize
-    from .shards import lay_out
+    from .model.memory import memory_needed, smallest_macs
+    from .packing.plan import Size, lay_out, sizes
 
     out, weight_files = Console(), sum(shard.size for shard in lay_out(planned))
     table = Table("component", "tensors", "packing", "bits/weight", "bytes", title=f"recipe {recipe.name}")
     for column in table.columns[1:]:
         column.justify = "right"
-    sizes = quantize.sizes(recipe, planned)
-    total = quantize.Size.sum(sizes.values())
-    for component, size in (*sizes.items(), ("total", total)):
+    components = sizes(recipe, planned)
+    total = Size.sum(components.values())
+    for component, size in (*components.items(), ("total", total)):
         row = (str(size.tensors), size.packing, f"{size.bits_per_weight:.2f}", f"{size.nbytes:,}")
         table.add_row(component, *row, style="bold" if size is total else "")
     out.print(recipe.because, table, f"weight files: {weight_files:,} bytes", sep="\n", highlight=False)
-    text = total.nbytes - (sizes["vision"].nbytes if "vision" in sizes else 0)
+    text = total.nbytes - (components["vision"].nbytes if "vision" in components else 0)
     memory = Table("prefix", "memory to run", "fits a Mac of", "with a raised limit*", title="estimated")
     for prefix in (4096, 32_768, 131_072):
-        needed = quantize.memory_needed(config, text, prefix)
-        smallest = [f"{mac} GB" if mac else "none" for mac in quantize.smallest_macs(needed)]
+        needed = memory_needed(config, text, prefix)
+        smallest = [f"{mac} GB" if mac else "none" for mac in smallest_macs(needed)]
         memory.add_row(f"{prefix // 1024}K", f"{needed / 1e9:.1f} GB", *smallest)
     out.print(memory, "* sudo sysctl iogpu.wired_limit_mb=…", sep="\n", highlight=False)
     _warn(recipe, planned)
 
 
 def _warn(recipe: Recipe, planned: "Sequence[Planned]") -> None:
-    from .checkpoint import families
-    from .quantize import describe
+    from .files.checkpoint import families
 
     if recipe.dtype == "float16":
         click.echo("Warning: Gemma's activations can overflow float16 and turn into NaN; bfloat16 is safe.", err=True)
@@ -109,17 +67,17 @@ def _warn(recipe: Recipe, planned: "Sequence[Planned]") -> None:
         click.echo(f"Warning: {families(paths)}: {line}.", err=True)
 
 
-def print_errors(errors: "dict[str, dict[str, Error]]") -> None:
+def print_errors(errors: "dict[str, dict[str, Deviation]]") -> None:
     """The verification's report: per component, the relative RMS error and the worst tensor."""
     from rich.console import Console
     from rich.table import Table
 
-    from .verification import Error
+    from .packing.verification import Deviation
 
     table = Table("component", "relative RMS error", "worst tensor", "its error", title="every byte as it should be")
     table.columns[2].overflow = "fold"
     for component, tensors in errors.items():
-        whole = Error()
+        whole = Deviation()
         for one in tensors.values():
             whole.add(one.error, one.weight)
         worst = max(tensors, key=lambda name: tensors[name].relative)
@@ -146,72 +104,93 @@ def print_errors(errors: "dict[str, dict[str, Error]]") -> None:
 )
 @click.option("--force", is_flag=True, help="Replace a pack that is at --mlx-path.")
 @click.option("--ignore-key", multiple=True, metavar="KEY", help="An unknown config key that you know is harmless.")
-def main(
-    hf_path: str,
-    revision: str | None,
-    mlx_path: str,
-    recipe: str | None,
-    ad_hoc: bool,
-    q_bits: int | None,
-    q_group_size: int | None,
-    q_mode: str | None,
-    dtype: str | None,
-    upload_repo: str | None,
-    dry_run: bool,
-    verifying: bool,
-    force: bool,
-    ignore_key: tuple[str, ...],
-) -> None:
+def main(recipe: str | None, ad_hoc: bool, dtype: str | None, **wanted: Any) -> None:
     """Turn a DiffusionGemma checkpoint into an MLX pack that fits.
 
     An interrupted conversion continues where it was when the same command is run again.
     """
-    asked = (q_bits, q_group_size, q_mode)
+    asked = tuple(wanted.pop(name) for name in ("q_bits", "q_group_size", "q_mode"))
     ad_hoc = ad_hoc or any(value is not None for value in asked)
     if ad_hoc and recipe is not None:
         raise click.UsageError("--recipe and the -q options exclude one another.")
-    if dry_run and (upload_repo or verifying or force):
-        raise click.UsageError("--dry-run writes nothing: it excludes --upload-repo, --verify and --force.")
-    chosen = adhoc_recipe(*asked) if ad_hoc else load_recipe(recipe or "q4")
-    chosen = replace(chosen, dtype=dtype or chosen.dtype)
-    from . import checkpoint, packs
-
-    if upload_repo:
-        checkpoint.check_upload(upload_repo)
-    local, target = Path(hf_path).expanduser().is_dir(), Path(mlx_path).expanduser()
-    folder = checkpoint.resolve(hf_path, revision, weights=not dry_run)
-    if dry_run and not local:
-        _dry_run_remote(folder, chosen, ignore_key)
-        return
-    source = checkpoint.open_checkpoint(folder, ignore_keys=ignore_key)
-    plan = packs.prepare(source, chosen, repo=None if local else hf_path)
-    if dry_run:
-        print_plan(source.config, chosen, plan.planned)
-        return
-    if not (verifying and not force and (target / "config.json").is_file()):
-        _warn(chosen, plan.planned)
-        _convert_aloud(plan, target, force)
-    if verifying:
-        from .verification import verify
-
-        with Bar("verifying") as bar:
-            errors = verify(source, target, bar)
-        print_errors(errors)
-    if upload_repo:
-        checkpoint.upload(target, upload_repo)
-        click.echo(f"https://huggingface.co/{upload_repo}")
+    job = Job(recipe=adhoc_recipe(*asked) if ad_hoc else load_recipe(recipe or "q4"), **wanted)
+    job = replace(job, recipe=replace(job.recipe, dtype=dtype or job.recipe.dtype))
+    if job.dry_run:
+        job.say()
+    else:
+        job.do()
 
 
-def _dry_run_remote(folder: Path, recipe: Recipe, ignore_keys: tuple[str, ...]) -> None:
-    """A Hub repository's plan from its config alone: shapes follow from it."""
-    from . import checkpoint, quantize
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the command line asks for. Errors when it is made: UsageError for options that exclude one another."""
 
-    config = checkpoint.read_config(folder, ignore_keys=ignore_keys)
-    print_plan(config, recipe, quantize.plan(recipe, checkpoint.sources(config)))
+    recipe: Recipe
+    hf_path: str
+    revision: str | None
+    mlx_path: str
+    upload_repo: str | None
+    dry_run: bool
+    verifying: bool
+    force: bool
+    ignore_key: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.dry_run and (self.upload_repo or self.verifying or self.force):
+            raise click.UsageError("--dry-run writes nothing: it excludes --upload-repo, --verify and --force.")
+
+    @property
+    def local(self) -> bool:
+        return Path(self.hf_path).expanduser().is_dir()
+
+    def say(self) -> None:
+        """What would be made. A Hub repository's plan follows from its config alone, and so do all shapes."""
+        from .files import checkpoint, hub
+        from .files.layout import sources
+        from .packing.conversion import plan_conversion
+        from .packing.plan import plan
+
+        folder = hub.resolve(self.hf_path, self.revision, weights=False)
+        if self.local:
+            source = checkpoint.open_checkpoint(folder, ignore_keys=self.ignore_key)
+            print_plan(source.config, self.recipe, plan_conversion(source, self.recipe).planned)
+        else:
+            config = checkpoint.read_config(folder, ignore_keys=self.ignore_key)
+            print_plan(config, self.recipe, plan(self.recipe, sources(config)))
+
+    def do(self) -> None:
+        """Convert, verify, upload: whichever was asked for."""
+        from .files import checkpoint, hub
+        from .packing.conversion import plan_conversion
+
+        if self.upload_repo:
+            hub.check_upload(self.upload_repo)
+        target = Path(self.mlx_path).expanduser()
+        folder = hub.resolve(self.hf_path, self.revision)
+        source = checkpoint.open_checkpoint(folder, ignore_keys=self.ignore_key)
+        conversion = plan_conversion(source, self.recipe, repo=None if self.local else self.hf_path)
+        if not (self.verifying and not self.force and (target / "config.json").is_file()):
+            _warn(self.recipe, conversion.planned)
+            _convert_aloud(conversion, target, self.force)
+        if self.verifying:
+            _verify_aloud(source, target)
+        if self.upload_repo:
+            hub.upload(target, self.upload_repo)
+            click.echo(f"https://huggingface.co/{self.upload_repo}")
+
+
+def _verify_aloud(source: "Checkpoint", target: Path) -> None:
+    from .packing.verification import verify
+    from .terminal.progress import Bar
+
+    with Bar("verifying") as bar:
+        errors = verify(source, target, bar)
+    print_errors(errors)
 
 
 def _convert_aloud(plan: "Conversion", target: Path, force: bool) -> None:
-    from .packs import convert
+    from .packing.conversion import convert
+    from .terminal.progress import Bar
 
     try:
         with Bar("converting") as bar:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import secrets
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,10 @@ from .cli import command, generation_options, model_options, open_model
 from .errors import PromptError
 
 if TYPE_CHECKING:
-    from .noise import SeededNoise
-    from .pipeline import DiffusionGemma
-    from .render import Sink
-    from .tokenizer import Message
+    from .pipeline.model import DiffusionGemma
+    from .terminal.recording import Recording
+    from .terminal.sinks import Sink
+    from .text.tokenizer import Message
 
 EXAMPLE = "Solve this Sudoku:\n63. ...\n.15 63.\n.56 2..\n.21 ..5\n... 5..\n... 34."
 
@@ -36,65 +36,89 @@ EXAMPLE = "Solve this Sudoku:\n63. ...\n.15 63.\n.56 2..\n.21 ..5\n... 5..\n... 
 @click.option("--pace", type=click.FloatRange(0), default=0, metavar="SECONDS", help="Stay so long at every step.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the reply and nothing else.")
 @generation_options
-def main(
-    source: dict[str, Any],
-    prompt: str | None,
-    messages: str | None,
-    system_prompt: str | None,
-    thinking: bool | None,
-    show_thinking: bool,
-    form: str | None,
-    noise: str | None,
-    save_noise: str | None,
-    record: str | None,
-    pace: float,
-    quiet: bool,
-    options: dict[str, Any],
-) -> None:
+def main(source: dict[str, Any], options: dict[str, Any], **wanted: Any) -> None:
     """Write a reply to a prompt. On a terminal the canvas is shown as it settles; a pipe gets the bare text."""
-    if form and show_thinking:
-        raise click.UsageError(f"--{form} holds the thoughts already: --show-thinking would do nothing.")
-    example = "model" not in source and prompt is None and messages is None
-    if noise and save_noise:
-        raise click.UsageError("--noise has its noise already: --save-noise would only copy it.")
-    asked, chosen = conversation(EXAMPLE if example else prompt, messages, system_prompt), dict(options)
-    from . import render
-    from .noise import NoiseRecorder, RecordedNoise
+    Reply(source=source, options=options, **wanted).give()
 
-    recording = render.Recording(record) if record else None  # before the model is loaded: it refuses bad names
-    talkative = not quiet and form is None
-    loaded = open_model(source, quiet=not talkative)
-    decode = loaded.tokenizer.decode
-    if example and talkative:
-        click.echo(EXAMPLE + "\n", err=True)
-    sinks: list[Sink] = [] if form == "json" else [render.on_stdout(decode, events=form == "events", bare=quiet)]
-    if recording:
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What the command line asks for. Errors when it is made: UsageError for options that exclude one another."""
+
+    source: dict[str, Any]
+    options: dict[str, Any]
+    prompt: str | None
+    messages: str | None
+    system_prompt: str | None
+    thinking: bool | None
+    show_thinking: bool
+    form: str | None  # "json", "events" or None: text
+    noise: str | None
+    save_noise: str | None
+    record: str | None
+    pace: float  # seconds
+    quiet: bool
+
+    def __post_init__(self) -> None:
+        if self.form and self.show_thinking:
+            raise click.UsageError(f"--{self.form} holds the thoughts already: --show-thinking would do nothing.")
+        if self.noise and self.save_noise:
+            raise click.UsageError("--noise has its noise already: --save-noise would only copy it.")
+
+    @property
+    def is_example(self) -> bool:
+        return "model" not in self.source and self.prompt is None and self.messages is None
+
+    @property
+    def talkative(self) -> bool:
+        return not self.quiet and self.form is None
+
+    def give(self) -> None:
+        from .pipeline.results import result_json
+        from .terminal.sinks import paced, show, summary
+
+        asked = conversation(EXAMPLE if self.is_example else self.prompt, self.messages, self.system_prompt)
+        recording = self._recording(asked)  # before the model is loaded: it refuses bad names
+        model = open_model(self.source, quiet=not self.talkative)
+        if self.is_example and self.talkative:
+            click.echo(EXAMPLE + "\n", err=True)
+        request = model.prepare(asked, enable_thinking=self.thinking, **self._run_options())
+        recorder = request.record() if self.save_noise else None
+        events = paced(request.events(), self.pace) if self.pace else request.events()
+        result = show(events, *self._sinks(model, recording)).result
+        if recorder and self.save_noise:
+            settings, tuning = dataclasses.asdict(request.settings), result.statistics.tuning
+            recorder.save(self.save_noise, prompt=asked, settings=settings, seed=result.seed, tuning=tuning)
+        if self.form == "json":
+            click.echo(json.dumps(result_json(result), ensure_ascii=False))
+        elif self.talkative:
+            click.echo(summary(result), err=True)
+
+    def _recording(self, asked: "list[Message]") -> "Recording | None":
+        from .terminal.recording import Recording
+
+        if self.record is None:
+            return None
+        recording = Recording(self.record)
         recording.commit(asked[-1]["content"] + "\n\n")
-        sinks.append(render.Live(recording, decode, every_step=True))
-    recorder = None
-    if noise:
-        options["noise"] = RecordedNoise.load(noise)
-    elif save_noise:
-        recorder = options["noise"] = NoiseRecorder(seeded(loaded, options))
-    events = loaded.stream(asked, enable_thinking=thinking, **options)
-    events = render.paced(events, pace) if pace else events
-    result = render.show(render.with_thinking(events) if show_thinking else events, *sinks).result
-    if recorder and save_noise:
-        recorder.save(save_noise, prompt=asked, settings=dataclasses.asdict(loaded.generation_config) | chosen)
-    if form == "json":
-        click.echo(json.dumps(render.result_json(result), ensure_ascii=False))
-    elif talkative:
-        click.echo(render.summary(result), err=True)
+        return recording
 
+    def _run_options(self) -> dict[str, Any]:
+        from .generation.noise import RecordedNoise
 
-def seeded(model: "DiffusionGemma", options: dict[str, Any]) -> "SeededNoise":
-    """The noise a run with these options would use; takes the seed out of them."""
-    from .noise import SeededNoise
+        return self.options | ({"noise": RecordedNoise.load(self.noise)} if self.noise else {})
 
-    seed = options.pop("seed", None)
-    seed = secrets.randbelow(2**32) if seed is None else seed
-    length = options.get("canvas_length") or model.config.canvas_length
-    return SeededNoise([seed], length=length, vocabulary=model.config.vocab_size)
+    def _sinks(self, model: "DiffusionGemma", recording: "Recording | None") -> "list[Sink]":
+        from .terminal.sinks import Live, Voice, on_stdout
+
+        decode, thoughts = model.tokenizer.decode, self.show_thinking
+        sinks: list[Sink] = []
+        if self.form != "json":
+            events = self.form == "events"
+            sinks.append(on_stdout(decode, events=events, bare=self.quiet, show_thinking=thoughts))
+        if recording:
+            sinks.append(Live(recording, decode, every_step=True, voice=Voice(show_thinking=thoughts)))
+        return sinks
 
 
 def conversation(prompt: str | None, messages: str | None, system_prompt: str | None) -> "list[Message]":

@@ -1,8 +1,6 @@
 """`mlx_diffgemma.train`: fine-tune with LoRA or in full, or train a small model from scratch."""
 
 import json
-import re
-import shutil
 import time
 import tomllib
 from dataclasses import fields, replace
@@ -12,19 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .cli import command
-from .errors import ConfigError, MemoryLimitError, TrainingError
+from .errors import ConfigError, MemoryLimitError
+from .files.shipped import BUILT_IN
 
 if TYPE_CHECKING:
-    from .adapters import Lora
-    from .network import Network
-    from .tokenizer import Tokenizer
-    from .trainer import Ends, Evaluated, Example, Trained
+    from .files.adapters import Lora
+    from .model.network import Network
+    from .training.data import Example
+    from .training.trainer import Evaluated, Trained
 
 TARGETS = {"attention": "ATTENTION", "dense": "DENSE", "experts": "EXPERTS"}
-SPLITS = {"train": "train|training", "valid": "valid|validation|val|dev"}  # and what else files of one are called
 LORA = ("rank", "scale", "targets", "fuse", "peft")  # options that mean nothing without an adapter
 OWN = {"model", "from_scratch", "data", "output", "full", "exact_match", *LORA}  # the others are Settings'
-ASIDE = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 @command("train")
@@ -82,8 +79,8 @@ class Run:
     """What the options ask for, checked, and the run itself."""
 
     def __init__(self, options: dict[str, Any]):
-        from .adapters import Lora
-        from .trainer import Settings
+        from .files.adapters import Lora
+        from .training.settings import Settings
 
         known = {f.name for f in fields(Settings)}
         if unknown := options.keys() - known - OWN:
@@ -111,30 +108,34 @@ class Run:
     def main(self, ignore_memory: bool) -> None:
         import mlx.core as mx
 
-        from . import adapters, trainer
-        from .checkpoint import load_network, read_config, resolve
-        from .network import Network
-        from .tokenizer import Tokenizer
+        from .files import adapters
+        from .files.checkpoint import read_config
+        from .files.hub import resolve
+        from .files.weights import load_network
+        from .model.network import Network
+        from .text.tokenizer import Tokenizer
+        from .training import preparation, trainer
+        from .training.data import ends_of, read_data
 
         self.first = mx.distributed.init().rank() == 0
-        folder = Path(self.scratch) if self.scratch else resolve(self.options.get("model") or builtin())
+        folder = Path(self.scratch) if self.scratch else resolve(self.options.get("model") or BUILT_IN)
         tokenizer = Tokenizer.load(folder)
         train, valid = read_data(self.options["data"], tokenizer)
         if self.scratch:
             network = Network(read_config(folder))
-            trainer.initialize(network, self.settings.seed)
+            preparation.initialize(network, self.settings.seed)
         else:
             network = load_network(folder, lazy=True)
         if not self.full:
             adapters.attach(network, self.lora, seed=self.settings.seed)
-        trainer.prepare(network, self.settings)
+        preparation.prepare(network, self.settings)
         self._check_memory(network, train, ignore_memory)
         run = trainer.Trainer(
             network,
             self.settings,
             examples=train,
             held_out=valid,
-            ends=_ends(tokenizer, self.settings.fill),
+            ends=ends_of(tokenizer, self.settings.fill),
             folder=self.output / "checkpoints",
         )
         if run.batches.left_out:
@@ -144,7 +145,7 @@ class Run:
             self._write(network, folder)
 
     def _loop(self, run: Any, network: "Network", folder: Path, valid: list["Example"]) -> None:
-        from .trainer import Evaluated, Trained
+        from .training.trainer import Evaluated, Trained
 
         shown, start = 0.0, time.perf_counter()
         self.output.mkdir(parents=True, exist_ok=True)
@@ -166,8 +167,8 @@ class Run:
 
     def _score(self, network: "Network", folder: Path, valid: list["Example"]) -> dict[str, float]:
         """How many of the first held-out examples the default sampler answers exactly, and in how many steps."""
-        from .checkpoint import read_generation_config
-        from .trainer import answers
+        from .files.checkpoint import read_generation_config
+        from .training.scoring import answers
 
         if not (count := self.options.get("exact_match", 0)) or not valid:
             return {}
@@ -180,8 +181,8 @@ class Run:
     def _check_memory(self, network: "Network", examples: list["Example"], ignore: bool) -> None:
         """Nothing is computed yet: sizes are known, weights are still on disk. Layers are recomputed if only that
         makes the run fit."""
-        from .pipeline import machine_limit
-        from .trainer import memory_needed
+        from .model.memory import machine_limit
+        from .training.preparation import memory_needed
 
         have = machine_limit()
         longest = max(e.length for e in examples if e.length <= self.settings.max_length)
@@ -200,7 +201,8 @@ class Run:
             )
 
     def _write(self, network: "Network", folder: Path) -> None:
-        from . import adapters
+        from .files import adapters
+        from .files.weights import write_model
 
         if not self.full:
             adapters.save(network, self.lora, self.output)
@@ -215,11 +217,11 @@ class Run:
 
     def _write_peft(self, network: "Network") -> None:
         """For the model that was trained; for a pack, which transformers cannot read, the released one."""
-        from . import adapters
         from .config import RELEASED
+        from .files.peft import save_peft
 
-        base = RELEASED if network.config.quantization else self.options.get("model") or builtin()
-        adapters.save_peft(network, self.lora, self.output / "peft", base=base)
+        base = RELEASED if network.config.quantization else self.options.get("model") or str(BUILT_IN)
+        save_peft(network, self.lora, self.output / "peft", base=base)
         self.say(f"PEFT: {self.output / 'peft'}  (for transformers; not for merge_and_unload, which adds it twice)")
 
     def say(self, line: str) -> None:
@@ -227,26 +229,8 @@ class Run:
             click.echo(line)
 
 
-def _ends(tokenizer: "Tokenizer", fill: str) -> "Ends":
-    """An answer is closed by <turn|> and filled up with <eos>, or with <turn|> again; a tokenizer that lacks one of
-    them gives its own end of text. Errors: TrainingError when it has none."""
-    from .trainer import Ends
-
-    named = [tokenizer.id_of(token) for token in ("<turn|>", "<eos>")]
-    own = next(iter(tokenizer.stop_ids), None)
-    turn, eos = (own if found is None else found for found in named)
-    if turn is None or eos is None:
-        raise TrainingError("the tokenizer has no <turn|>, no <eos> and no eos_token: nothing can end an answer.")
-    return Ends(turn, eos if fill == "eos" else turn)
-
-
-def builtin() -> str:
-    """The folder of the built-in model."""
-    return str(Path(__file__).parent / "demo")
-
-
 def _lora(options: dict[str, Any]) -> "Lora":
-    from . import adapters
+    from .files import adapters
 
     values = {key: options[key] for key in ("rank", "scale") if key in options}
     if wanted := options.get("targets"):
@@ -270,127 +254,6 @@ def _evaluation(event: "Evaluated", record: dict[str, Any]) -> str:
     match = record.get("exact_match")
     score = "" if match is None else f" · exact {match:.0%} in {record['mean_steps']:.1f} steps"
     return f"step {event.step} · held out: canvas {event.decoder_loss:.3f}, next token {event.encoder_loss:.3f}{score}"
-
-
-def write_model(network: "Network", source: Path, folder: Path) -> None:
-    """A checkpoint under the released names (packed matrices under those of a pack), with the vision tower and all
-    else that lies in `source`."""
-    import mlx.core as mx
-
-    from .adapters import leaves
-    from .checkpoint import is_vision
-
-    folder.mkdir(parents=True, exist_ok=True)
-    found = leaves(network.parameters())
-    weights = {}
-    for name, weight in found.items():
-        stacked = ".experts." in name and name.replace(".weight", ".scales") not in found
-        weights["model." + (name.removesuffix(".weight") if stacked else name)] = weight
-    for file in sorted(source.glob("model*.safetensors")):
-        beside: Any = mx.load(str(file))
-        weights |= {name: tensor for name, tensor in beside.items() if is_vision(name)}
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    for name in ("config.json", *ASIDE):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
-# ------------------------------------------------------------------------------------------------------------ data
-
-
-def read_data(path_or_repo: str, tokenizer: "Tokenizer") -> tuple[list["Example"], list["Example"]]:
-    """Training and held-out examples: of a folder with train.jsonl and, if there is one, valid.jsonl, or of a Hub
-    dataset, where the files may lie in one folder, in several parts, and say train, and valid, validation, val or dev.
-
-    Errors: TrainingError naming file and line.
-    """
-    folder = Path(path_or_repo)
-    if folder.is_dir():
-        files = {split: [folder / f"{split}.jsonl"] for split in SPLITS if (folder / f"{split}.jsonl").is_file()}
-        if "train" not in files:
-            raise TrainingError(
-                f"{folder} has no train.jsonl.\nOne JSON object a line: messages, or prompt and completion."
-            )
-    else:
-        files = _hub_files(path_or_repo)
-    train, valid = (
-        [example for file in files.get(split, []) for example in _read(file, tokenizer)] for split in SPLITS
-    )
-    return train, valid
-
-
-def _hub_files(repo: str) -> dict[str, list[Path]]:
-    """The .jsonl files of a Hub dataset by split; a single file without a split's name is the training data."""
-    folder = _dataset(repo)
-    found = sorted(folder.rglob("*.jsonl"))
-    if not found:
-        raise TrainingError(
-            f"{repo} has no .jsonl file; parquet and other forms are not read.\n"
-            f'Make one: datasets.load_dataset("{repo}")["train"].to_json("my-data/train.jsonl"), then --data my-data.'
-        )
-    files: dict[str, list[Path]] = {}
-    for split, names in SPLITS.items():
-        named = re.compile(rf"(^|[^a-z])({names})([^a-z]|$)")
-        if matching := [file for file in found if named.search(file.relative_to(folder).as_posix().lower())]:
-            files[split] = matching
-    if "train" not in files and len(found) == 1:
-        files["train"] = found
-    if "train" not in files:
-        names = ", ".join(file.relative_to(folder).as_posix() for file in found[:3])
-        raise TrainingError(f"{repo} has no file for training, only {names}.\nExpected train.jsonl, in any folder.")
-    folders = sorted({file.parent for file in files["train"]})
-    if len(folders) > 1:
-        raise TrainingError(
-            f"{repo} has training data in {len(folders)} folders: {folders[0].name or '.'}, {folders[1].name}, …\n"
-            f"Choose one: --data {folders[0]}"
-        )
-    return files
-
-
-def _dataset(repo: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=["*.jsonl"]))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise TrainingError(f"{repo} is no folder and no dataset that can be fetched: {str(error)[:120]}") from None
-
-
-def _read(file: Path, tokenizer: "Tokenizer") -> list["Example"]:
-    from .trainer import Example
-
-    examples = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            messages, answer, tools = _conversation(json.loads(line))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise TrainingError(
-                f'{file}:{number}: {error}.\nExpected {{"messages": [..., an assistant\'s]}} or'
-                ' {"prompt": text, "completion": text}.'
-            ) from None
-        prompt = tokenizer.apply_chat_template(messages, tools=tools)
-        examples.append(Example(prompt=tuple(prompt), response=tuple(tokenizer.encode(answer))))
-    if not examples:
-        raise TrainingError(f"{file} has no examples.")
-    return examples
-
-
-def _conversation(values: Any) -> tuple[list[dict[str, Any]], str, list[dict[str, Any]] | None]:
-    """The messages before the last answer, that answer, and the tools the model may call."""
-    if not isinstance(values, dict):
-        raise ValueError(f"a {type(values).__name__} instead of an object")
-    if "prompt" in values:
-        prompt, answer = values["prompt"], values["completion"]
-        if not isinstance(prompt, str) or not isinstance(answer, str):
-            raise ValueError("prompt and completion are not both text")
-        return [{"role": "user", "content": prompt}], answer, values.get("tools")
-    *before, last = values["messages"]
-    if last["role"] not in ("assistant", "model") or not isinstance(last["content"], str):
-        raise ValueError("the last message is no text by the assistant")
-    return before, last["content"], values.get("tools")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from convert import record_reference as reference
-from mlx_diffgemma.network import Network
-from mlx_diffgemma.recordings import small_network
+from mlx_diffgemma.model.network import Network
+from mlx_diffgemma.proof.recordings import small_network
 
 torch.set_num_threads(1)  # on models this small, threads only wait for each other
 

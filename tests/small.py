@@ -7,11 +7,11 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_diffgemma.config import GenerationConfig
-from mlx_diffgemma.network import Network
-from mlx_diffgemma.pipeline import DiffusionGemma
-from mlx_diffgemma.recordings import small_network
-from mlx_diffgemma.tokenizer import Tokenizer
+from mlx_diffgemma.generation.settings import GenerationConfig
+from mlx_diffgemma.model.network import Network
+from mlx_diffgemma.pipeline.model import DiffusionGemma
+from mlx_diffgemma.proof.recordings import small_network
+from mlx_diffgemma.text.tokenizer import Tokenizer
 
 MARKERS = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|channel>", "<channel|>"]
 MARKERS += ["<|tool_call>", "<tool_call|>", '<|"|>', "<|think|>"]

@@ -15,11 +15,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_diffgemma.checkpoint import INDEX
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.layout import expected_tensors
-from mlx_diffgemma.quantize import DTYPES, SIZES
-from mlx_diffgemma.shards import as_raw
+from mlx_diffgemma.files.checkpoint import INDEX
+from mlx_diffgemma.files.layout import expected_tensors
+from mlx_diffgemma.files.shards import DTYPES, SIZES, as_raw
 
 DATA = Path(__file__).parent / "data"
 SIDES = {

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 
 from benchmarks import common, generate, load, readme, roofline, soak, step
-from mlx_diffgemma import pipeline, quantize
-from mlx_diffgemma.checkpoint import load_network
-from mlx_diffgemma.config import GenerationConfig, LayerConfig, ModelConfig
-from mlx_diffgemma.network import Network
+from mlx_diffgemma.config import LayerConfig, ModelConfig
+from mlx_diffgemma.files.weights import load_network
+from mlx_diffgemma.generation.settings import GenerationConfig
+from mlx_diffgemma.model.memory import MACS, smallest_macs
+from mlx_diffgemma.model.network import Network
+from mlx_diffgemma.model.tuning import DEFAULT
+from mlx_diffgemma.pipeline import loading
 
 from . import small, synthetic
 
@@ -158,7 +161,7 @@ class _Bare:
     """As much of a network as its cache needs; the real one's weights would fill this machine."""
 
     def __init__(self, config: ModelConfig):
-        self.config = config
+        self.config, self.tuning = config, DEFAULT
 
 
 def _fill(write: Callable[[mx.array, mx.array], Any], layer: LayerConfig, tokens: int) -> None:
@@ -175,8 +178,8 @@ def test_q4_behind_32k_tokens_stays_below_18_gigabytes(models: dict[str, rooflin
 
 def test_a_recipe_is_chosen_as_the_converter_reports() -> None:
     for nbytes in range(1 << 33, 1 << 37, 1 << 30):
-        usual, raised = quantize.smallest_macs(nbytes)
-        for memory in quantize.MACS:
+        usual, raised = smallest_macs(nbytes)
+        for memory in MACS:
             expected = "q8" if usual and memory >= usual else "q8*" if raised and memory >= raised else None
             assert roofline.choose(memory, dict.fromkeys(roofline.BY_QUALITY, nbytes)) == expected
     assert roofline.choose(36, {"q8": 30 << 30, "q6": 23 << 30, "q4": 17 << 30}) == "q6"
@@ -309,7 +312,7 @@ def test_a_load_in_parts(side: str, folder: Path) -> None:
 
 def test_a_made_pack_has_a_tokenizer_of_its_size(tmp_path: Path) -> None:
     pack = load.make_pack(tmp_path, hidden=64, layers=2, experts=8, vocabulary=1024)
-    loaded = pipeline.load(pack)
+    loaded = loading.load(pack)
     assert loaded.config.vocab_size == loaded.tokenizer.vocab_size == 1024
     assert loaded.tokenizer.decode(loaded.tokenizer.encode("ab cd")) == "ab cd"
     assert len(loaded.tokenizer.encode("ab cd")) == 3  # the two merges, and the space

@@ -66,7 +66,7 @@ def test_every_script_and_module_works_elsewhere(name: str, installed: Path, tmp
 def test_the_built_in_model_and_the_recipes_come_along(installed: Path, tmp_path: Path) -> None:
     result = run(installed, tmp_path, "-m", "mlx_diffgemma.generate", "--seed", "1", "-m", "4")
     assert result.returncode == 0 and result.stdout.strip(), result.stderr
-    where = "from mlx_diffgemma import config; print(config.__file__, config.knowledge())"
+    where = "from mlx_diffgemma.files import shipped; print(shipped.__file__, shipped.knowledge())"
     result = run(installed, tmp_path, "-c", where)
     assert len(result.stdout.split()) == 2
     assert all(path.startswith(str(installed)) for path in result.stdout.split())

@@ -1,0 +1,115 @@
+"""LoRA: attach, save, load, fuse. The layers and the files are mlx-lm's; peft.py writes PEFT's.
+
+Encoder and decoder share their weights, so one adapter acts in both roles and can be merged. TRL trains two
+separate adapters for the two roles; those cannot be merged into this architecture, and are not read.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+
+from ..errors import CheckpointError, ConfigError
+from ..model.network import Network, leaves
+
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+DENSE = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+TARGETS = (*ATTENTION, *DENSE, *EXPERTS)
+CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Which projections get an adapter, in every layer, and of what size. The change is `scale` · B · A."""
+
+    rank: int = 16
+    scale: float = 2.0  # alpha / rank
+    keys: tuple[str, ...] = (*ATTENTION, *DENSE)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"rank is {self.rank}, expected at least 1.")
+        if unknown := [key for key in self.keys if key not in TARGETS]:
+            raise ConfigError(f"unknown LoRA targets {', '.join(unknown)}; known: {', '.join(TARGETS)}.")
+
+
+def attach(network: Network, lora: Lora, *, seed: int = 0) -> None:
+    """Freeze the network and put an adapter, which changes nothing yet, beside every targeted projection."""
+    network.freeze()
+    mx.random.seed(seed)
+    for layer in network.decoder.layers:
+        found = [(key, module) for key, module in layer.named_modules() if key in lora.keys]
+        layer.update_modules(tree_unflatten([(key, _adapted(module, lora)) for key, module in found]))
+
+
+def _adapted(module: nn.Module, lora: Lora) -> nn.Module:
+    stacked = isinstance(module, SwitchLinear | QuantizedSwitchLinear)
+    make: Any = LoRASwitchLinear.from_base if stacked else LoRALinear.from_base
+    return make(module, r=lora.rank, dropout=0.0, scale=lora.scale)
+
+
+def save(network: Network, lora: Lora, folder: Path) -> None:
+    """Write adapter_config.json and adapters.safetensors, as mlx-lm does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = {**asdict(lora), "keys": list(lora.keys), "dropout": 0.0}
+    layers = len(network.decoder.layers)
+    config = {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": parameters}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    mx.save_safetensors(str(folder / WEIGHTS), adapter_weights(network))
+
+
+def load(network: Network, folder: Path) -> None:
+    """Attach the adapter in `folder`, unmerged.
+
+    Errors: CheckpointError when the folder is no adapter, or one of another model: every tensor must fit exactly.
+    """
+    lora = read_config(folder)
+    attach(network, lora)
+    try:
+        found: Any = mx.load(str(folder / WEIGHTS))
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from None
+    expected = {name: weight.shape for name, weight in adapter_weights(network).items()}
+    shapes = {name: weight.shape for name, weight in found.items()}
+    if shapes != expected:
+        wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+        raise CheckpointError(
+            f"{folder}: this adapter belongs to another model: {wrong[0]} is {shapes.get(wrong[0])},"
+            f" expected {expected.get(wrong[0])} ({len(wrong)} tensors differ)."
+        )
+    network.load_weights(list(found.items()), strict=False)
+    network.eval()
+    mx.eval(network.parameters())
+
+
+def read_config(folder: Path) -> Lora:
+    """The adapter's rank, scale and targets. Errors: CheckpointError, ConfigError."""
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        values = config["lora_parameters"]
+        kind, dropout = config.get("fine_tune_type", "lora"), values.get("dropout", 0.0)
+        lora = Lora(rank=values["rank"], scale=values["scale"], keys=tuple(values["keys"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} is not a LoRA adapter: {CONFIG} cannot be used ({error!r}).") from None
+    if kind != "lora" or dropout:
+        raise CheckpointError(f"{folder}: fine_tune_type is {kind!r} with dropout {dropout}, expected 'lora' with 0.")
+    return lora
+
+
+def fuse(network: Network) -> None:
+    """Merge every adapter into its projection; a quantized one is quantized again, as it was."""
+    merged = [(name, module.fuse()) for name, module in network.named_modules() if hasattr(module, "fuse")]
+    network.update_modules(tree_unflatten(merged))
+
+
+def adapter_weights(network: Network) -> dict[str, mx.array]:
+    """The adapters' matrices, by dotted name."""
+    found = leaves(network.parameters())
+    return {name: weight for name, weight in found.items() if name.endswith((".lora_a", ".lora_b"))}

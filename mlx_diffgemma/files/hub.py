@@ -1,0 +1,98 @@
+"""The Hugging Face Hub: repositories to folders, packs to repositories. Only this room knows huggingface_hub."""
+
+import re
+from pathlib import Path
+
+from ..config import RELEASED
+from ..errors import CheckpointError, ConfigError, TrainingError
+
+PACKS = tuple(f"mlx-community/diffusiongemma-26B-A4B-it-{kind}" for kind in ("4bit", "8bit", "bf16"))
+
+
+def resolve(path_or_repo: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
+    """A local folder as it is, or a Hub repository downloaded (resumably) into the Hub's cache.
+
+    `weights=False` fetches everything but the tensors. Errors: CheckpointError for a folder or repository that is
+    absent, gated or unreachable, with the nearest name; ConfigError for a revision of a local folder.
+    """
+    folder = Path(path_or_repo).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ConfigError(f"{folder} is a local folder; a revision ({revision}) exists only on the Hub.")
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{folder} is a file; expected the folder of a checkpoint.")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path_or_repo)):
+        raise CheckpointError(f"there is no folder {folder}.{_nearest_folder(folder)}")
+    return _download(str(path_or_repo), revision, weights)
+
+
+def _nearest_folder(folder: Path) -> str:
+    import difflib
+
+    try:
+        names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    except OSError:
+        return f" A Hub repository is written owner/name, as {RELEASED}."
+    close = difflib.get_close_matches(folder.name, names, n=1)
+    return f" Did you mean {folder.parent / close[0]}?" if close else f" {folder.parent} has no folder like it."
+
+
+def _download(repo: str, revision: str | None, weights: bool) -> Path:
+    import difflib
+
+    from huggingface_hub import errors, snapshot_download
+
+    patterns = ["*.json", "*.jinja", "tokenizer.model"] + (["model*.safetensors"] if weights else [])
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except errors.GatedRepoError:
+        raise CheckpointError(
+            f"{repo} is gated: accept its terms at https://huggingface.co/{repo}, then run `hf auth login`."
+        ) from None
+    except errors.RepositoryNotFoundError:
+        close = difflib.get_close_matches(repo, (RELEASED, *PACKS), n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise CheckpointError(f"there is no folder and no Hub repository {repo}, or it is private.{hint}") from None
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(f"{repo} has no revision {revision!r}.") from None
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{repo} is not a folder here and cannot be fetched from the Hub: {str(error).splitlines()[0][:120]}"
+        ) from None
+
+
+def check_upload(repo: str) -> None:
+    """Errors: CheckpointError unless someone is logged in who could upload; asked before hours of work."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        HfApi().whoami()
+    except (errors.LocalTokenNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        reason = (str(error).splitlines() or [""])[0][:120]
+        raise CheckpointError(
+            f"cannot upload to {repo}: {reason}\nRun `hf auth login`, or leave out the upload."
+        ) from None
+
+
+def upload(folder: Path, repo: str) -> None:
+    """Upload a pack; what the Hub already has is not sent twice."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        api = HfApi()
+        api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"{folder} is complete, its upload to {repo} failed: {str(error)[:160]}") from None
+
+
+def dataset(repo: str) -> Path:
+    """The .jsonl files of a dataset repository, downloaded. Errors: TrainingError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=["*.jsonl"]))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise TrainingError(f"{repo} is no folder and no dataset that can be fetched: {str(error)[:120]}") from None

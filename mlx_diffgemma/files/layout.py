@@ -1,0 +1,161 @@
+"""What a checkpoint holds: every tensor's name and shape, computed from the config, and its fate, from convert/."""
+
+import functools
+import re
+import tomllib
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import ModelConfig
+from ..errors import ConfigError
+from .shipped import knowledge
+
+
+@functools.cache
+def glob(pattern: str) -> re.Pattern[str]:
+    """A dotted path pattern: `*` is (part of) one name, `**` anything; each becomes a group."""
+    kinds = {"*": r"([^.]*)", "**": r"(.+)"}
+    return re.compile("".join(kinds.get(part) or re.escape(part) for part in re.split(r"(\*\*|\*)", pattern)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What convert/diffusiongemma-26b-a4b.toml says about the names that match `pattern`."""
+
+    fate: str
+    pattern: re.Pattern[str]
+    target: str
+    component: str
+    quantize: bool
+    because: str
+
+
+@functools.cache
+def rules() -> tuple[Rule, ...]:
+    """All rules, in the order in which they are asked."""
+    described = tomllib.loads((knowledge() / "diffusiongemma-26b-a4b.toml").read_text())
+    return tuple(
+        Rule(
+            fate=fate,
+            pattern=glob(entry["name"]),
+            target=entry[key],
+            component=entry.get("component", ""),
+            quantize=entry.get("quantize", False),
+            because=entry["because"],
+        )
+        for fate, key in (("keep", "name"), ("rename", "to"), ("drop", "same_as"), ("refuse", "name"))
+        for entry in described[fate]
+    )
+
+
+@functools.cache
+def find_rule(name: str) -> tuple[Rule | None, str]:
+    """The first rule for a tensor name, and the name its target means for this one."""
+    for rule in rules():
+        if match := rule.pattern.fullmatch(name):
+            target = rule.target
+            for part in match.groups():
+                target = re.sub(r"\*+", part, target, count=1)
+            return rule, target
+    return None, name
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a Hugging Face checkpoint with this config, vision included: released name → shape."""
+    hidden, dense = config.hidden_size, config.intermediate_size
+    experts, wide = config.num_experts, config.moe_intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {"model.decoder.embed_tokens.weight": (config.vocab_size, hidden)}
+    for i, layer in enumerate(config.layers):
+        prefix = f"model.decoder.layers.{i}."
+        queries, keys = config.num_attention_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+        shapes[f"{prefix}self_attn.q_proj.weight"] = (queries, hidden)
+        shapes[f"{prefix}self_attn.k_proj.weight"] = (keys, hidden)
+        if layer.is_sliding:
+            shapes[f"{prefix}self_attn.v_proj.weight"] = (keys, hidden)
+        shapes[f"{prefix}self_attn.o_proj.weight"] = (hidden, queries)
+        for norm in ("q_norm", "k_norm"):
+            shapes[f"{prefix}self_attn.{norm}.weight"] = (layer.head_dim,)
+        shapes |= _gated_mlp(f"{prefix}mlp.", "", hidden, dense)
+        shapes[f"{prefix}router.proj.weight"] = (experts, hidden)
+        shapes[f"{prefix}router.scale"] = (hidden,)
+        shapes[f"{prefix}router.per_expert_scale"] = (experts,)
+        shapes[f"{prefix}experts.gate_up_proj"] = (experts, 2 * wide, hidden)
+        shapes[f"{prefix}experts.down_proj"] = (experts, hidden, wide)
+        for norm in (*_NORMS, "post_feedforward_layernorm_1", "post_feedforward_layernorm_2"):
+            shapes[f"{prefix}{norm}.weight"] = (hidden,)
+        shapes[f"{prefix}pre_feedforward_layernorm_2.weight"] = (hidden,)
+        shapes[f"{prefix}layer_scalar"] = (1,)
+        shapes[f"model.encoder.language_model.layers.{i}.layer_scalar"] = (1,)
+    shapes["model.decoder.norm.weight"] = (hidden,)
+    shapes["model.decoder.self_conditioning.pre_norm.weight"] = (hidden,)
+    shapes |= _gated_mlp("model.decoder.self_conditioning.", "", hidden, dense)
+    return shapes | (_vision_tensors(config.vision, hidden) if config.vision else {})
+
+
+_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+
+
+def _gated_mlp(prefix: str, suffix: str, hidden: int, wide: int) -> dict[str, tuple[int, ...]]:
+    shapes = {"gate_proj": (wide, hidden), "up_proj": (wide, hidden), "down_proj": (hidden, wide)}
+    return {f"{prefix}{name}{suffix}.weight": shape for name, shape in shapes.items()}
+
+
+def _vision_tensors(vision: dict[str, Any], text_hidden: int) -> dict[str, tuple[int, ...]]:
+    """The vision tower (transformers gemma4_vision) and the projection into the text model."""
+    keys = ("hidden_size", "intermediate_size", "head_dim", "num_attention_heads", "num_key_value_heads")
+    keys += ("patch_size", "position_embedding_size", "num_hidden_layers")
+    for key in keys:
+        if not isinstance(vision.get(key), int) or vision[key] < 1:
+            raise ConfigError(f"config.json: vision_config.{key} is {vision.get(key)!r}, expected a positive integer.")
+    hidden, wide, dim, heads, kv_heads, patch, positions, count = (vision[key] for key in keys)
+    tower = "model.encoder.vision_tower."
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.encoder.embed_vision.embedding_projection.weight": (text_hidden, hidden),
+        f"{tower}patch_embedder.input_proj.weight": (hidden, 3 * patch**2),
+        f"{tower}patch_embedder.position_embedding_table": (2, positions, hidden),
+    }
+    if vision.get("standardize", True):
+        shapes |= {f"{tower}std_bias": (hidden,), f"{tower}std_scale": (hidden,)}
+    for i in range(count):
+        prefix = f"{tower}encoder.layers.{i}."
+        for name, width in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            shapes[f"{prefix}self_attn.{name}_proj.linear.weight"] = (width * dim, hidden)
+        shapes[f"{prefix}self_attn.o_proj.linear.weight"] = (hidden, heads * dim)
+        shapes |= {f"{prefix}self_attn.{norm}.weight": (dim,) for norm in ("q_norm", "k_norm")}
+        shapes |= _gated_mlp(f"{prefix}mlp.", ".linear", hidden, wide)
+        shapes |= {f"{prefix}{norm}.weight": (hidden,) for norm in _NORMS}
+    return shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A tensor before packing: its name in a pack, and what the rules say about it."""
+
+    name: str
+    shape: tuple[int, ...]
+    component: str
+    quantize: bool
+
+    @property
+    def path(self) -> str:
+        return self.name.removesuffix(".weight")
+
+
+def sources(config: ModelConfig) -> list[Source]:
+    """`expected_tensors` under the names of an MLX pack, with what the rules say about each."""
+    made = []
+    for name, shape in expected_tensors(config).items():
+        rule, target = find_rule(name)
+        assert rule is not None
+        made.append(Source(name=target, shape=shape, component=rule.component, quantize=rule.quantize))
+    return made
+
+
+def is_vision(name: str) -> bool:
+    """Tensors that the text network sets aside."""
+    return name.startswith(("model.encoder.vision_tower.", "model.encoder.embed_vision."))

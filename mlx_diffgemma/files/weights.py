@@ -1,0 +1,106 @@
+"""Weights into a network and out of it: a load that fills every parameter exactly once, unpacking, writing."""
+
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from ..disk import replacing_folder
+from ..errors import CheckpointError
+from ..model.network import Network, leaves
+from ..model.table import unpacked_dtype
+from .checkpoint import open_checkpoint, side_files
+from .layout import is_vision
+from .quantization import Quantization, dequantize
+from .shards import Tensor
+
+
+def load_network(path: Path, *, lazy: bool = False, ignore_keys: tuple[str, ...] = ()) -> Network:
+    """The text network with the weights in `path`: every parameter filled exactly once, no tensor left over but
+    vision's. `lazy` leaves the weights on disk until they are used."""
+    checkpoint = open_checkpoint(path, ignore_keys=ignore_keys)
+    network = Network(checkpoint.config)
+    quantized = {path.removeprefix("model."): how for path, how in checkpoint.quantized.items()}
+
+    def packed(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        how = quantized.get(path)
+        return False if how is None else {"bits": how.bits, "group_size": how.group_size, "mode": how.mode}
+
+    nn.quantize(network, class_predicate=packed)
+    text = {name: tensor for name, tensor in checkpoint.tensors.items() if not is_vision(name)}
+    used = [*text.values(), *(tensor for tensor, _ in checkpoint.tied)]
+    files = {file: cast(dict[str, mx.array], mx.load(str(file))) for file in {tensor.file for tensor in used}}
+    for tensor, twin in checkpoint.tied:
+        if not mx.array_equal(files[tensor.file][tensor.name], files[text[twin].file][text[twin].name]):
+            raise trained_apart(tensor, twin)
+    weights = {name.removeprefix("model."): files[t.file][t.name] for name, t in text.items()}
+    try:
+        network.load_weights(list(weights.items()), strict=True)
+    except ValueError as error:
+        raise CheckpointError(f"the network and {path} disagree: {str(error).splitlines()[0]}") from None
+    network.eval()
+    experts = {name.removesuffix(".weight") for name in weights if ".experts." in name and name.endswith(".weight")}
+    if mx.default_device() == mx.cpu and not experts <= quantized.keys():
+        network.set_dtype(mx.float32)  # MLX's CPU backend multiplies expert weights in float32 only
+    if not lazy:
+        mx.eval(network.parameters())
+    return network
+
+
+def trained_apart(tensor: Tensor, twin: str) -> CheckpointError:
+    """A tensor that this architecture shares with another, and that differs from it in this checkpoint."""
+    return CheckpointError(
+        f"{tensor.file.name}: {tensor.name} is not equal to {twin}, with which DiffusionGemma shares its weights.\n"
+        "A model that was trained with the two apart cannot be expressed here."
+    )
+
+
+def packed_trunk(network: nn.Module) -> dict[str, nn.QuantizedLinear | nn.QuantizedEmbedding]:
+    """The packed modules outside the experts, by path."""
+    kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    return {path: module for path, module in network.named_modules() if isinstance(module, kinds)}
+
+
+def unpacked_growth(network: nn.Module) -> int:
+    """How many bytes `unpack_trunk` would add."""
+    growth = 0
+    for module in packed_trunk(network).values():
+        unpacked = module.weight.size * 32 // module.bits * unpacked_dtype(module).size
+        growth += unpacked - sum(array.nbytes for array in module.parameters().values() if isinstance(array, mx.array))
+    return growth
+
+
+def unpack_trunk(network: nn.Module) -> None:
+    """Store everything but the experts as plain matrices with the values the packed ones stand for.
+
+    The same model, larger: with 256 rows a product is bound by arithmetic, where a packed one is the slower.
+    """
+    unpacked = []
+    for path, module in packed_trunk(network).items():
+        how = Quantization(bits=module.bits, group_size=module.group_size, mode=module.mode)
+        plain = nn.Linear(1, 1, bias=False) if isinstance(module, nn.QuantizedLinear) else nn.Embedding(1, 1)
+        plain.weight = dequantize(module, how, unpacked_dtype(module))
+        mx.eval(plain.weight)
+        unpacked.append((path, plain))
+    network.update_modules(tree_unflatten(unpacked))
+    mx.clear_cache()
+
+
+def write_model(network: Network, source: Path, folder: Path) -> None:
+    """A checkpoint under the released names (packed matrices under those of a pack), with the vision tower and all
+    else that lies in `source`."""
+    found = leaves(network.parameters())
+    weights = {}
+    for name, weight in found.items():
+        stacked = ".experts." in name and name.replace(".weight", ".scales") not in found
+        weights["model." + (name.removesuffix(".weight") if stacked else name)] = weight
+    for file in sorted(source.glob("model*.safetensors")):
+        beside: Any = mx.load(str(file))
+        weights |= {name: tensor for name, tensor in beside.items() if is_vision(name)}
+    with replacing_folder(folder) as made:
+        mx.save_safetensors(str(made / "model.safetensors"), weights, metadata={"format": "mlx"})
+        for file in (source / "config.json", *side_files(source)):
+            shutil.copyfile(file, made / file.name)

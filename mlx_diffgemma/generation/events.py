@@ -1,0 +1,133 @@
+"""What happens in a run, as one stream of events, and the totals at its end.
+
+Whatever decodes yields these; whoever watches (pipeline, terminal, server, benchmarks) reads these and nothing else.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefilled:
+    """`tokens` of the `total` prompt tokens are in the prefix; once per chunk."""
+
+    tokens: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoised:
+    """One step is done. The arrays are computed already; reading them is what costs. Tuples have one entry per row."""
+
+    index: int  # which canvas, from 0
+    step: int  # 0 … steps − 1
+    steps: int  # the most steps a canvas may take
+    temperature: float
+    best: mx.array  # [B, L] int32
+    guess: mx.array  # [B, L] int32
+    accepted: mx.array  # [B, L] bool
+    entropy: mx.array  # [B, L] float32, nats
+    next_canvas: mx.array  # [B, L] int32: what the next step looks at
+    accepted_count: tuple[int, ...]
+    mean_entropy: tuple[float, ...]  # nats
+    settled: tuple[bool, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CanvasRow:
+    """What one row got from one canvas. A row that had already finished has no steps and no ids."""
+
+    ids: tuple[int, ...]  # up to, not including, the first stop id; cut at max_tokens
+    steps: int
+    settled: bool
+    mean_entropy: float  # nats, of the last step
+    accepted_per_step: tuple[int, ...]
+    reason: str = ""  # "stop" or "length" when the row finished with this canvas
+    text: str = ""  # what became visible, by the run's reader
+    thinking: str = ""  # likewise, of the thoughts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed:
+    """A canvas became part of the text. It is encoded into the prefix after this event."""
+
+    index: int  # which canvas, from 0
+    rows: tuple[CanvasRow, ...]
+
+    @property
+    def text(self) -> str:
+        """What became visible of the only row."""
+        return self.rows[0].text
+
+    @property
+    def thinking(self) -> str:
+        """Likewise, of its thoughts."""
+        return self.rows[0].thinking
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Totals of one run; for a batch, of all its rows together."""
+
+    prompt_tokens: int
+    reused_tokens: int  # prompt tokens that were in the cache already
+    generated_tokens: int
+    steps: int  # decoder passes
+    prefill_seconds: float
+    denoise_seconds: float
+    commit_seconds: float
+    tokens_per_forward: float  # as transformers counts: stop id included, padding and settled rows' steps not
+    peak_memory_bytes: int  # MLX's, since the process began or since mx.reset_peak_memory()
+    tuning: str  # the fingerprint of the tuning: a seed repeats where it is the same
+    departures: dict[str, Any] = field(default_factory=dict)  # options that differ from the reference algorithm
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self.denoise_seconds / self.steps if self.steps else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens by the time they took, prefill not counted."""
+        seconds = self.denoise_seconds + self.commit_seconds
+        return self.generated_tokens / seconds if seconds else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The run is over: per row "stop" (a stop id) or "length" (max_tokens, or the context limit)."""
+
+    reasons: tuple[str, ...]
+    statistics: Statistics
+    results: tuple[Any, ...] = ()  # one a row, by the run's reader
+
+    @property
+    def result(self) -> Any:
+        """The only row's result."""
+        return self.results[0]
+
+
+Event = Prefilled | Denoised | Committed | Finished
+
+
+class Reader(Protocol):
+    """Whoever turns ids into what people read: decoding itself knows no tokenizer."""
+
+    def read(self, row: int, ids: tuple[int, ...], *, last: bool) -> tuple[str, str]:
+        """Text and thoughts that became visible with these ids; `last`: the row finishes with them."""
+        ...
+
+    def conclude(self, row: int, reason: str, canvases: tuple[CanvasRow, ...], statistics: Statistics) -> Any:
+        """What a finished row amounts to."""
+        ...
+
+
+class NoReader:
+    """For those who want ids alone."""
+
+    def read(self, row: int, ids: tuple[int, ...], *, last: bool) -> tuple[str, str]:
+        return "", ""
+
+    def conclude(self, row: int, reason: str, canvases: tuple[CanvasRow, ...], statistics: Statistics) -> None:
+        return None

@@ -1,0 +1,158 @@
+"""Where randomness comes from. A run needs three things: the first canvas, one uniform draw per position and step
+(the guess inverts the distribution at it), and random ids for the positions that are renoised.
+
+Random generators differ between frameworks and devices, so a run is repeated elsewhere from its recorded
+noise, not from its seed.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from ..disk import replacing
+from ..errors import NoiseError
+
+CANVAS, DRAWS, IDS = range(3)
+
+
+class Noise(Protocol):
+    """The randomness of B rows, addressed by canvas and step: asking twice gives the same answer."""
+
+    def canvas(self, index: int) -> mx.array:
+        """The ids that canvas number `index` starts from, int32 [B, L], uniform over the whole vocabulary."""
+        ...
+
+    def draws(self, index: int, step: int) -> mx.array:
+        """One number in [0, 1) per position, float32 [B, L], at which the guess is drawn."""
+        ...
+
+    def ids(self, index: int, step: int) -> mx.array:
+        """Fresh ids for the positions that are not accepted, int32 [B, L], uniform over the whole vocabulary."""
+        ...
+
+
+class SeededNoise:
+    """Noise from one seed per row (an integer, modulo 2**64): a row gets the same noise whatever batch it runs in.
+
+    Every array has a key of its own, so nothing depends on the order of calls or on MLX's global random state.
+    """
+
+    def __init__(self, seeds: Sequence[int], *, length: int, vocabulary: int):
+        self.seeds, self.length, self.vocabulary = tuple(seeds), length, vocabulary
+
+    def canvas(self, index: int) -> mx.array:
+        return self._ids(CANVAS, index, 0)
+
+    def draws(self, index: int, step: int) -> mx.array:
+        return mx.stack([mx.random.uniform(shape=(self.length,), key=k) for k in self._keys(DRAWS, index, step)])
+
+    def ids(self, index: int, step: int) -> mx.array:
+        return self._ids(IDS, index, step)
+
+    def _ids(self, purpose: int, index: int, step: int) -> mx.array:
+        keys = self._keys(purpose, index, step)
+        return mx.stack([mx.random.randint(0, self.vocabulary, (self.length,), mx.int32, key=k) for k in keys])
+
+    def _keys(self, *path: int) -> list[mx.array]:
+        return [mx.random.key(_mixed(seed, *path)) for seed in self.seeds]
+
+
+def _mixed(seed: int, *path: int) -> int:
+    """A 64-bit number that depends on every bit of the seed and of the path (splitmix64's finalizer, chained)."""
+    state = 0
+    for part in (seed, *path):
+        state = (state + part + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return state
+
+
+class RecordedNoise:
+    """Noise read from a recording: `canvas` [C, B, L], `draws` and `ids` [C, S, B, L] for C canvases, S steps."""
+
+    def __init__(self, canvas: np.ndarray, draws: np.ndarray, ids: np.ndarray, *, name: str = "the recording"):
+        self._canvas, self._draws, self._ids, self.name = canvas, draws, ids, name
+        if canvas.ndim != 3 or draws.shape != ids.shape or draws.shape[:1] + draws.shape[2:] != canvas.shape:
+            raise NoiseError(
+                f"{name}: the shapes of the noise do not fit together: canvas {canvas.shape}, draws {draws.shape},"
+                f" ids {ids.shape}; expected [C, B, L] and twice [C, S, B, L]."
+            )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "RecordedNoise":
+        """Read a file written by `NoiseRecorder.save` or by convert/record_reference.py. Errors: NoiseError."""
+        try:
+            with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+                return cls(file["canvas"], file["draws"], file["ids"], name=str(path))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise NoiseError(f"{path}: not a readable recording of noise: {error}.") from error
+
+    @property
+    def batch_size(self) -> int:
+        return self._canvas.shape[1]
+
+    @property
+    def length(self) -> int:
+        """Positions per canvas."""
+        return self._canvas.shape[2]
+
+    def canvas(self, index: int) -> mx.array:
+        self._check(index, 0)
+        return mx.array(self._canvas[index]).astype(mx.int32)
+
+    def draws(self, index: int, step: int) -> mx.array:
+        self._check(index, step)
+        return mx.array(self._draws[index, step]).astype(mx.float32)
+
+    def ids(self, index: int, step: int) -> mx.array:
+        self._check(index, step)
+        return mx.array(self._ids[index, step]).astype(mx.int32)
+
+    def _check(self, index: int, step: int) -> None:
+        canvases, steps = self._ids.shape[:2]
+        if index >= canvases or step >= steps:
+            raise NoiseError(
+                f"{self.name} holds noise for {canvases} canvases of {steps} steps; this run asks for step {step} of"
+                f" canvas {index}.\nUse the settings it was recorded with, or record a longer run."
+            )
+
+
+class NoiseRecorder:
+    """Passes another noise through and keeps what was used, for `save`."""
+
+    def __init__(self, noise: Noise):
+        self.noise = noise
+        self._canvases: dict[int, np.ndarray] = {}
+        self._steps: dict[tuple[int, int, int], np.ndarray] = {}
+
+    def canvas(self, index: int) -> mx.array:
+        array = self.noise.canvas(index)
+        self._canvases[index] = np.array(array)
+        return array
+
+    def draws(self, index: int, step: int) -> mx.array:
+        return self._keep(DRAWS, index, step, self.noise.draws(index, step))
+
+    def ids(self, index: int, step: int) -> mx.array:
+        return self._keep(IDS, index, step, self.noise.ids(index, step))
+
+    def _keep(self, purpose: int, index: int, step: int, array: mx.array) -> mx.array:
+        self._steps[purpose, index, step] = np.array(array)
+        return array
+
+    def save(self, path: str | os.PathLike, **provenance: object) -> None:
+        """Write what was used; `provenance` goes in as JSON. What was at `path` is replaced at the end."""
+        canvas = np.stack([self._canvases[c] for c in sorted(self._canvases)])
+        steps = 1 + max(step for _, _, step in self._steps)
+        shape = (canvas.shape[0], steps, *canvas.shape[1:])
+        draws, ids = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+        for (purpose, c, step), array in self._steps.items():
+            (draws if purpose == DRAWS else ids)[c, step] = array
+        with replacing(path) as file:
+            np.savez_compressed(file, canvas=canvas, draws=draws, ids=ids, provenance=json.dumps(provenance))

@@ -1,0 +1,1 @@
+"""What the weights compute. In: ids or embeddings, and a prefix cache. Out: hidden states; what it needs in bytes."""

@@ -1,0 +1,224 @@
+"""The parts of one transformer layer, top to bottom. Weight names are Hugging Face's.
+
+Every projection reads and writes the model's dtype; norms, router weights and softmaxes work in float32 inside.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+from ..config import LayerConfig, ModelConfig
+from .masks import Mask, WholeMask, Window
+from .tuning import DEFAULT, Tuning
+
+# What attention looks at: takes the keys and values just computed, returns all that may be seen.
+Memory = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
+
+
+@partial(mx.compile, shapeless=True)
+def geglu(gate: mx.array, up: mx.array) -> mx.array:
+    """gelu(gate) · up with the tanh form of gelu (transformers "gelu_pytorch_tanh")."""
+    return nn.gelu_approx(gate) * up
+
+
+class MLP(nn.Module):
+    """The dense branch, and the body of self-conditioning: down(gelu(gate x) · up x)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Router(nn.Module):
+    """Picks K of E experts for each token, from the raw residual (transformers DiffusionGemmaTextRouter)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.top_k = config.top_k_experts
+        self.eps = config.rms_norm_eps
+        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.scale = mx.ones((config.hidden_size,))
+        self.per_expert_scale = mx.ones((config.num_experts,))
+
+    def __call__(self, residual: mx.array) -> tuple[mx.array, mx.array]:
+        """[N, H] → expert ids [N, K] and their float32 weights [N, K].
+
+        The weights are the softmax over all experts, renormalized over the K chosen: the same as the
+        softmax over the chosen scores alone.
+        """
+        x = mx.fast.rms_norm(residual, None, self.eps) * self.scale * residual.shape[-1] ** -0.5
+        scores = self.proj(x).astype(mx.float32)  # [N, E]
+        experts = mx.argpartition(mx.stop_gradient(scores), kth=-self.top_k, axis=-1)[..., -self.top_k :]
+        weights = mx.softmax(mx.take_along_axis(scores, experts, axis=-1), axis=-1, precise=True)
+        return experts, weights * self.per_expert_scale[experts]
+
+
+class Experts(nn.Module):
+    """E gated MLPs in two stacked weights; `gate_up_proj` holds the gate's rows first."""
+
+    gate_up_proj: SwitchLinear | QuantizedSwitchLinear
+    down_proj: SwitchLinear | QuantizedSwitchLinear
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        size = config.moe_intermediate_size
+        self.gate_up_proj = SwitchLinear(config.hidden_size, 2 * size, config.num_experts, bias=False)
+        self.down_proj = SwitchLinear(size, config.hidden_size, config.num_experts, bias=False)
+
+    def __call__(self, x: mx.array, experts: mx.array, weights: mx.array, tuning: Tuning) -> mx.array:
+        """[N, H], expert ids [N, K], weights [N, K] → [N, H]."""
+        tokens, top_k = experts.shape
+        if tokens * top_k < tuning.sort_from:
+            y = self._mlp(x[:, None, None], experts, sorted_indices=False)[:, :, 0]  # [N, K, H]
+        else:
+            order = mx.argsort(experts.flatten())  # rows of one expert together
+            back = mx.put_along_axis(mx.zeros_like(order), order, mx.arange(order.size, dtype=order.dtype), axis=0)
+            # The axis is added before the rows are gathered: added last, it makes strides that BLAS dislikes.
+            rows = x[:, None][order // top_k]  # [N · K, 1, H]
+            y = self._mlp(rows, experts.flatten()[order], sorted_indices=True)
+            y = y[:, 0][back].reshape(tokens, top_k, -1)  # [N, K, H]
+        return (y * weights[..., None]).sum(axis=1).astype(x.dtype)
+
+    def _mlp(self, x: mx.array, experts: mx.array, *, sorted_indices: bool) -> mx.array:
+        gate, up = mx.split(self.gate_up_proj(x, experts, sorted_indices=sorted_indices), 2, axis=-1)
+        return self.down_proj(geglu(gate, up), experts, sorted_indices=sorted_indices)
+
+
+class Attention(nn.Module):
+    """Attention with normed queries and keys and scale 1. Full layers have no `v_proj`: the values are the
+    key projection, before its norm and before rotation."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, layer.num_kv_heads, layer.head_dim
+        self.eps = config.rms_norm_eps
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        if layer.is_sliding:
+            self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=self.eps)
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=self.eps)
+        self._periods = periods(layer)
+
+    def __call__(self, x: mx.array, offset: int | mx.array, memory: Memory, mask: Mask, tuning: Tuning) -> mx.array:
+        """[B, T, H] at positions `offset` … `offset` + T − 1 → [B, T, H]."""
+        queries = self._rotate(self.q_norm(self._split(self.q_proj(x), self.heads)), offset)
+        keys = self._split(self.k_proj(x), self.kv_heads)  # [B, heads, T, D]
+        values = self._split(self.v_proj(x), self.kv_heads) if "v_proj" in self else keys
+        keys = self._rotate(self.k_norm(keys), offset)
+        keys, values = memory(keys, mx.fast.rms_norm(values, None, self.eps))
+        y = attend(queries, keys, values, mask, tuning)
+        return self.o_proj(y.transpose(0, 2, 1, 3).flatten(2))
+
+    def _split(self, x: mx.array, heads: int) -> mx.array:
+        return x.reshape(*x.shape[:2], heads, self.head_dim).transpose(0, 2, 1, 3)
+
+    def _rotate(self, x: mx.array, offset: int | mx.array) -> mx.array:
+        return mx.fast.rope(
+            x, self.head_dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods
+        )
+
+
+def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, tuning: Tuning) -> mx.array:
+    """Softmax attention at scale 1: queries [B, heads, T, D], keys and values [B, kv heads, K, D].
+
+    MLX has fused kernels for small heads only; for others it holds every score at once. Where those would be many
+    (a long prefix, a long chunk), and where a window hides most keys, runs of queries are taken one after the
+    other, each with the keys it can see. A query's result is its own, so this changes nothing.
+    """
+    length, total = queries.shape[2], keys.shape[2]
+    step = max(tuning.scores // (queries.shape[1] * total * queries.dtype.size), 1)
+    if isinstance(mask, Window):
+        step = min(step, max(mask.window // 4, 1)) if tuning.skip_hidden_keys else length
+        pieces = list(mask.pieces(step))
+    elif length <= step:
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
+    else:
+        pieces = [_piece(mask, length, total, start, min(start + step, length)) for start in range(0, length, step)]
+    outputs: list[mx.array] = []
+    for rows, columns, part in pieces:
+        q = mx.depends(queries[:, :, rows], outputs[-1:]) if outputs else queries[:, :, rows]  # not all at once
+        k, v = keys[:, :, columns], values[:, :, columns]
+        outputs.append(mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=part))
+    return mx.concatenate(outputs, axis=2)
+
+
+def _piece(mask: WholeMask, length: int, total: int, start: int, stop: int) -> tuple[slice, slice, WholeMask]:
+    """Queries `start` … `stop`, the keys they can see, and what is left of the mask."""
+    rows, columns = slice(start, stop), slice(0, total)
+    if isinstance(mask, str):  # "causal": the queries are the last keys, so these see nothing behind `stop`
+        return rows, slice(0, total - length + stop), mask
+    if mask is None or mask.shape[-2] == 1:
+        return rows, columns, mask
+    return rows, columns, mask[..., rows, :]
+
+
+def periods(layer: LayerConfig) -> mx.array:
+    """Rotation periods over 2π, float32 [D / 2]; unrotated dimensions have an infinite one.
+
+    Proportional RoPE rotates a part of the head but divides by the full head size.
+    """
+    rotated = mx.power(layer.rope_theta, mx.arange(0, layer.rotated_dims, 2, dtype=mx.float32) / layer.head_dim)
+    return mx.concatenate([rotated, mx.full(((layer.head_dim - layer.rotated_dims) // 2,), mx.inf)])
+
+
+class Layer(nn.Module):
+    """Attention, then a dense and an expert branch side by side; seven norms (DiffusionGemmaDecoderTextLayer)."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.router = Router(config)
+        self.experts = Experts(config)
+        norm = partial(nn.RMSNorm, config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        self.pre_feedforward_layernorm = norm()
+        self.post_feedforward_layernorm = norm()
+        self.pre_feedforward_layernorm_2 = norm()
+        self.post_feedforward_layernorm_1 = norm()
+        self.post_feedforward_layernorm_2 = norm()
+        self.layer_scalar = mx.ones((1,))
+
+    def __call__(
+        self,
+        x: mx.array,
+        scalar: mx.array,
+        offset: int | mx.array,
+        memory: Memory,
+        mask: Mask,
+        tuning: Tuning = DEFAULT,
+    ) -> mx.array:
+        """[B, T, H] → [B, T, H]; `scalar` is the encoder's or the decoder's `layer_scalar`."""
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), offset, memory, mask, tuning))
+        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
+        flat = x.flatten(0, 1)  # [N, H]
+        experts, weights = self.router(flat)  # the raw residual, not a normed one
+        sparse = self.experts(self.pre_feedforward_layernorm_2(flat), experts, weights, tuning).reshape(x.shape)
+        branches = dense + self.post_feedforward_layernorm_2(sparse)
+        return (x + self.post_feedforward_layernorm(branches)) * scalar
+
+
+class SelfConditioning(MLP):
+    """Adds what the step before believed to the canvas's embeddings; its last norm has no weight."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.hidden_size, config.intermediate_size)
+        self.pre_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.eps = config.rms_norm_eps
+
+    def condition(self, embeddings: mx.array, signal: mx.array | None) -> mx.array:
+        """[B, L, H] and the signal [B, L, H] → [B, L, H]. None is the zero signal, whose MLP is zero."""
+        if signal is not None:
+            embeddings = embeddings + self(self.pre_norm(signal))
+        return mx.fast.rms_norm(embeddings, None, self.eps)

@@ -1,0 +1,49 @@
+"""What runs need in bytes, what a machine lends, and which Mac has so much."""
+
+import os
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import ModelConfig
+from .network import leaves
+
+# Memory of a Mac (GiB), and the share Metal lends one process unless iogpu.wired_limit_mb says otherwise.
+MACS = (16, 18, 24, 32, 36, 48, 64, 96, 128)
+SYSTEM = 4 << 30  # bytes macOS keeps for itself when that limit is raised
+
+# Bytes beside weights and prefix, for a step's arrays or a 2,048-token prefill chunk's. Measured in float32, two layers
+# at the released widths behind 32K tokens: 624 MB a step, 982 MB a chunk; bfloat16 halves nearly all of it.
+STEP = 800_000_000
+
+
+def memory_needed(config: ModelConfig, weight_bytes: int, prefix: int, item_size: int = 2) -> int:
+    """Bytes to denoise behind a prefix of that many tokens: weights (without vision), keys and values, one step."""
+    total = weight_bytes + STEP
+    for layer in config.layers:
+        positions = min(prefix, config.sliding_window - 1) if layer.is_sliding else prefix
+        total += 2 * layer.num_kv_heads * layer.head_dim * (positions + config.canvas_length) * item_size
+    return total
+
+
+def smallest_macs(nbytes: int) -> tuple[int | None, int | None]:
+    """The smallest memory (GiB) of a Mac that runs this: as it comes, and with a raised limit.
+
+    Metal lends one process two thirds of up to 36 GiB, three quarters of more.
+    """
+    lent = {mac: (mac << 30) * (2 / 3 if mac <= 36 else 3 / 4) for mac in MACS}
+    normal = (mac for mac in MACS if nbytes <= lent[mac])
+    raised = (mac for mac in MACS if nbytes <= (mac << 30) - SYSTEM)
+    return next(normal, None), next(raised, None)
+
+
+def machine_limit() -> int:
+    """Bytes this process may use: what Metal lends it, else the memory of the GPU or of the machine."""
+    info = mx.device_info()
+    lent = info.get("max_recommended_working_set_size") or info.get("total_memory")
+    return int(lent or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def weight_bytes(network: nn.Module) -> int:
+    """Bytes of all parameters."""
+    return sum(array.nbytes for array in leaves(network.parameters()).values())

@@ -1,0 +1,124 @@
+"""What a run gives people: text, thoughts and calls of every row, and the same as plain data."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+
+from ..generation.events import CanvasRow, Committed, Denoised, Event, Finished, Statistics
+from ..text.tokenizer import Tokenizer
+
+Decode = Callable[[list[int]], str]  # ids → text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One prompt's answer."""
+
+    text: str  # without thinking and tool calls
+    thinking: str | None
+    tool_calls: list[dict[str, Any]]  # {"name": …, "arguments": {…}}
+    tokens: tuple[int, ...]  # everything generated, without the stop id
+    finish_reason: str  # "stop" or "length"
+    canvases: tuple[CanvasRow, ...]
+    statistics: Statistics  # of the whole run: in a batch, of all rows together
+    seed: int | None  # None when the noise was recorded
+
+
+class Answers:
+    """A run's reader (see generation.events): ids → what every row has said so far."""
+
+    def __init__(self, tokenizer: Tokenizer | None, prompts: Sequence[list[int]], seeds: Sequence[int | None]):
+        self.seeds = seeds
+        self._answers = [_Answer(tokenizer, prompt) for prompt in prompts]
+
+    def read(self, row: int, ids: tuple[int, ...], *, last: bool) -> tuple[str, str]:
+        return self._answers[row].read(ids, last=last)
+
+    def conclude(self, row: int, reason: str, canvases: tuple[CanvasRow, ...], statistics: Statistics) -> Result:
+        answer = self._answers[row]
+        text, thinking, calls = answer.parts()
+        return Result(
+            text=text,
+            thinking=thinking,
+            tool_calls=calls,
+            tokens=tuple(answer.tokens),
+            finish_reason=reason,
+            canvases=canvases,
+            statistics=statistics,
+            seed=self.seeds[row],
+        )
+
+
+class _Answer:
+    """What one row has said so far."""
+
+    def __init__(self, tokenizer: Tokenizer | None, prompt: list[int]):
+        self.tokenizer = tokenizer
+        self.open_channel = tokenizer is not None and tokenizer.opens_channel(prompt)
+        self.tokens: list[int] = []
+        self.shown = ("", "")
+
+    def read(self, ids: tuple[int, ...], *, last: bool) -> tuple[str, str]:
+        """The text and the thoughts that became visible. Half a UTF-8 character waits for its rest."""
+        self.tokens += ids
+        text, thinking, _ = self.parts()
+        now = (text, thinking or "") if last else (text.rstrip("\ufffd"), (thinking or "").rstrip("\ufffd"))
+        shown, self.shown = self.shown, now
+        return now[0][len(shown[0]) :], now[1][len(shown[1]) :]
+
+    def parts(self) -> tuple[str, str | None, list[dict[str, Any]]]:
+        """Text, thinking, tool calls."""
+        if self.tokenizer is None:
+            return "", None, []
+        parts = self.tokenizer.split(self.tokens, open_channel=self.open_channel)
+        return parts.text, parts.thinking, parts.tool_calls
+
+
+# --------------------------------------------------------------------------------------------------- as plain data
+
+
+def result_json(result: Result) -> dict[str, Any]:
+    """Everything about a reply as plain data; seconds and bytes are in the names."""
+    return {
+        "text": result.text,
+        "thinking": result.thinking,
+        "tool_calls": result.tool_calls,
+        "ids": list(result.tokens),
+        "finish_reason": result.finish_reason,
+        "seed": result.seed,
+        "canvases": [_canvas_json(canvas) for canvas in result.canvases],
+        "statistics": statistics_json(result.statistics),
+    }
+
+
+def statistics_json(statistics: Statistics) -> dict[str, Any]:
+    derived = ("seconds_per_step", "tokens_per_second")
+    return asdict(statistics) | {name: getattr(statistics, name) for name in derived}
+
+
+def event_json(event: Event, decode: Decode) -> dict[str, Any]:
+    """An event of one prompt as plain data. `accepted` and `entropy` have one entry a position (nats)."""
+    kind = {"event": type(event).__name__.lower()}
+    if isinstance(event, Denoised):
+        best = only_row(event.best)
+        counted = {"canvas": event.index, "step": event.step, "steps": event.steps, "temperature": event.temperature}
+        arrays = {"accepted": only_row(event.accepted), "entropy": only_row(event.entropy)}
+        return kind | counted | {"settled": event.settled[0], "text": decode(best), "best": best} | arrays
+    if isinstance(event, Committed):
+        spoken = {"text": event.text, "thinking": event.thinking}
+        return kind | {"canvas": event.index} | spoken | _canvas_json(event.rows[0])
+    if isinstance(event, Finished):
+        return kind | {"reason": event.reasons[0], "statistics": statistics_json(event.statistics)}
+    return kind | asdict(event)
+
+
+def only_row(array: mx.array) -> list[Any]:
+    """The only prompt's row [L] of an array [1, L]."""
+    return cast(list[Any], array[0].tolist())
+
+
+def _canvas_json(canvas: CanvasRow) -> dict[str, Any]:
+    """Without its text, which stands beside it."""
+    return {name: value for name, value in asdict(canvas).items() if name not in ("text", "thinking")}

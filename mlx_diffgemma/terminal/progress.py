@@ -1,0 +1,48 @@
+"""Long work, seen: a progress bar on a terminal, now and then a line elsewhere."""
+
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..packing.pieces import Piece
+
+
+class Bar:
+    """A progress bar on a terminal; elsewhere a log line every 15 seconds. Both on stderr."""
+
+    def __init__(self, verb: str):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TimeRemainingColumn
+
+        self.verb, self.console = verb, Console(stderr=True)
+        columns = ("{task.description}", BarColumn(), "{task.fields[state]}", TimeRemainingColumn())
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.tensors = self.nbytes = self.whole = self.done = 0
+        self.began = self.logged = time.monotonic()
+
+    def __enter__(self) -> "Bar":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+        if self.done:
+            self.console.print(f"{self.verb}: {self._state()} in {time.monotonic() - self.began:.0f} s")
+
+    def begin(self, tensors: int, nbytes: int) -> None:
+        self.tensors, self.nbytes = tensors, nbytes
+        self.began = self.logged = time.monotonic()
+        self.bar.add_task(self.verb, total=nbytes, state="")
+
+    def advance(self, piece: "Piece") -> None:
+        self.done += piece.nbytes
+        self.whole += piece.stop == piece.tensor.rows
+        self.bar.update(self.bar.task_ids[0], completed=self.done, state=self._state())
+        if not self.console.is_terminal and time.monotonic() - self.logged > 15:
+            self.logged = time.monotonic()
+            left = (self.logged - self.began) * (self.nbytes / self.done - 1)
+            self.console.print(f"{self.verb}: {self._state()}, {left:.0f} s left")
+
+    def _state(self) -> str:
+        rate = self.done / max(time.monotonic() - self.began, 1e-9)
+        return f"{self.whole}/{self.tensors} tensors, {self.done / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s"

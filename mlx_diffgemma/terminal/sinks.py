@@ -1,0 +1,188 @@
+"""Events → terminal: the live canvas, the plain stream, JSON lines.
+
+A sink takes events one by one; `show` feeds them. Arrays of an event are lazy, and only a sink that draws reads them.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TextIO
+
+from rich.console import Console
+
+from ..generation.events import Committed, Denoised, Event, Finished, Prefilled
+from ..pipeline.results import Decode, Result, event_json, only_row
+from .canvas import Painter, wrap
+from .screen import Screen, Terminal
+
+FRAMES_PER_SECOND = 15
+SHARE = 0.02  # of the time, at most, goes into drawing
+
+
+class Sink(Protocol):
+    def __call__(self, event: Event) -> None: ...
+    def close(self) -> None: ...
+
+
+def show(events: Iterable[Event], *sinks: Sink) -> Finished:
+    """Feed every event to every sink; returns the last. The sinks are closed whatever happens, Ctrl-C included."""
+    last = None
+    try:
+        for event in events:
+            for sink in sinks:
+                sink(event)
+            last = event
+    finally:
+        for sink in sinks:
+            sink.close()
+    assert isinstance(last, Finished)
+    return last
+
+
+class Voice:
+    """What of a committed canvas is said: the text, or the thoughts in front of the text that they led to."""
+
+    def __init__(self, *, show_thinking: bool = False):
+        self.show_thinking = show_thinking
+        self.in_thought = False
+
+    def __call__(self, event: Committed) -> str:
+        if not self.show_thinking:
+            return event.text
+        said = ("" if self.in_thought or not event.thinking else "[thinking]\n") + event.thinking
+        self.in_thought = self.in_thought or bool(said)
+        if event.text and self.in_thought:
+            said, self.in_thought = f"{said}\n[answer]\n", False
+        return said + event.text
+
+
+def paced(events: Iterable[Event], seconds: float) -> Iterator[Event]:
+    """The same events, but every step stays in sight for so long: a small model is too quick to be seen."""
+    for event in events:
+        yield event
+        if isinstance(event, Denoised):
+            time.sleep(seconds)
+
+
+class BareText:
+    """Text and nothing else, a committed canvas at a time: for pipes, files and dumb terminals."""
+
+    def __init__(self, file: TextIO, voice: Voice | None = None):
+        self.file, self.voice, self.last = file, voice or Voice(), "\n"
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Committed) and (said := self.voice(event)):
+            self.file.write(said)
+            self.file.flush()
+            self.last = said[-1]
+
+    def close(self) -> None:
+        if self.last != "\n":
+            self.file.write("\n")
+        self.file.flush()
+
+
+class JsonLines:
+    """One JSON object a line for every event, drafts included; `decode` is ids → text."""
+
+    def __init__(self, file: TextIO, decode: Decode):
+        self.file, self.decode = file, decode
+
+    def __call__(self, event: Event) -> None:
+        self.file.write(json.dumps(event_json(event, self.decode), ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        pass
+
+
+class Live:
+    """The canvas as it denoises, at most 15 times a second and for at most a fiftieth of the time; or every step."""
+
+    def __init__(
+        self,
+        screen: Screen,
+        decode: Decode,
+        *,
+        color: bool = True,
+        every_step: bool = False,
+        voice: Voice | None = None,
+    ):
+        self.screen, self.painter, self.every_step = screen, Painter(decode, color), every_step
+        self.voice = voice or Voice()
+        self.started: float | None = None
+        self.due, self.cost, self.kept = 0.0, 0.001, 0  # seconds, seconds a drawing, committed tokens
+
+    def __call__(self, event: Event) -> None:
+        now = time.perf_counter()
+        if isinstance(event, Committed):
+            self.kept += len(event.rows[0].ids)
+            self.painter.forget()
+            self.screen.commit(self.voice(event))
+        elif isinstance(event, Prefilled) and now >= self.due:
+            told = f"reading the prompt {event.tokens}/{event.total}"
+            self.screen.draw([[(told[: self.screen.size[0] - 3], "status")]])
+            self.due = now + 1 / FRAMES_PER_SECOND
+        elif isinstance(event, Denoised):
+            self.started = self.started or now
+            if now >= self.due or self.every_step:
+                self._draw(event, now - self.started)
+
+    def close(self) -> None:
+        self.screen.close()
+
+    def _draw(self, event: Denoised, seconds: float) -> None:
+        arrays = (event.best, event.next_canvas, event.accepted, event.entropy)
+        best, noise, accepted, entropy = map(only_row, arrays)
+        begun = time.perf_counter()  # the arrays are here: what follows is the cost of drawing
+        columns, rows = self.screen.size
+        lines = wrap(self.painter.cells(best, noise, accepted, entropy), columns)
+        if len(lines) > rows - 2:
+            hidden = len(lines) - (rows - 3)
+            lines = [[(f"… {hidden} more lines"[:columns], "status")], *lines[hidden:]]
+        lines.append([(self._status(event, seconds, columns - 3), "status")])
+        self.screen.draw(lines)
+        self.cost = min(time.perf_counter() - begun, 2 * self.cost)  # a hiccup is not the rule
+        self.due = begun + max(1 / FRAMES_PER_SECOND, self.cost / SHARE)
+
+    def _status(self, event: Denoised, seconds: float, room: int) -> str:
+        accepted = event.accepted_count[0]
+        parts = [f"step {event.step + 1}/{event.steps}", f"accepted {accepted}/{event.best.shape[1]}"]
+        parts += [f"entropy {event.mean_entropy[0]:.3f}"]
+        if seconds > 0:
+            parts += [f"{(self.kept + accepted) / seconds:.0f} tokens/s"]
+        parts += [f"canvas {event.index + 1}"]
+        text = parts[0]
+        for part in parts[1:]:
+            if len(text) + len(part) + 3 <= room:
+                text += " · " + part
+        return text[: max(room, 1)]
+
+
+def on_stdout(decode: Decode, *, events: bool = False, bare: bool = False, show_thinking: bool = False) -> Sink:
+    """The live canvas on a terminal, bare text elsewhere, JSON lines if asked for."""
+    voice = Voice(show_thinking=show_thinking)
+    console = Console()
+    if events:
+        return JsonLines(sys.stdout, decode)
+    if bare or not console.is_terminal or console.is_dumb_terminal:
+        return BareText(sys.stdout, voice)
+    return Live(Terminal(console), decode, color=not console.no_color, voice=voice)
+
+
+def summary(result: "Result") -> str:
+    """One line: how much, how fast, in how many steps, and what departed from the reference."""
+    s = result.statistics
+    steps = [canvas.steps for canvas in result.canvases]
+    unsettled = sum(not canvas.settled for canvas in result.canvases)
+    parts = [
+        f"{s.generated_tokens} tokens in {s.denoise_seconds + s.commit_seconds:.2f} s",
+        f"{s.tokens_per_second:.1f} tokens/s",
+        f"{sum(steps) / max(len(steps), 1):.1f} steps a canvas" + f" ({unsettled} not settled)" * bool(unsettled),
+        f"{s.seconds_per_step:.3f} s a step",
+        f"peak {s.peak_memory_bytes / 1e9:.2f} GB",
+        f"seed {result.seed}",
+    ]
+    departures = [f"not the reference: {name}={value}" for name, value in s.departures.items()]
+    return " · ".join(parts + departures + ["stopped at --max-tokens"] * (result.finish_reason == "length"))

@@ -1,0 +1,194 @@
+"""The denoising objective: two losses of a batch, computed with the network's own layers.
+
+    t ~ U(0, 1) per example; every id of one canvas of the response becomes a uniformly random id with probability t
+    loss = mean cross-entropy over all positions of that canvas, stop-id fill included
+         + mean cross-entropy of the encoder's next-token prediction over the real tokens
+
+The decoder sees the prompt and the clean canvases before its own through the encoder's keys and values, and
+gradients flow back through those. For half of the examples a first look, without gradient, gives the
+self-conditioning signal; for the others it is zero, as at step 0 of generation.
+Source: the recipes of google-deepmind/gemma (hackable_diffusion_adapter) and TRL (sft_diffusion_gemma).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from ..model.layers import Experts, Layer, geglu
+from ..model.network import Network, leaves
+from ..model.tuning import Tuning
+
+FORBIDDEN = -1e9  # added to the scores of what may not be looked at
+LOGITS = 1 << 26  # entries of the logits that exist at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """B examples, one canvas of each. Rows before `looks` take a first look."""
+
+    tokens: mx.array  # [B, T] int32: prompt, response, stop id; padded on the right
+    lengths: mx.array  # [B] int32: real tokens
+    starts: mx.array  # [B] int32: position of the canvas
+    clean: mx.array  # [B, L] int32
+    noisy: mx.array  # [B, L] int32
+    looks: int
+
+
+def losses(network: Network, batch: Batch, *, recompute: bool = False) -> tuple[mx.array, mx.array]:
+    """The decoder's and the encoder's mean cross-entropy, float32, in nats per token."""
+    hidden, prefix = read_clean(network, batch.tokens, recompute=recompute)
+    signal = first_look(network, batch, prefix) if batch.looks else None
+    look = denoise(network, batch.noisy, batch.starts, prefix, signal, recompute=recompute)
+    decoder = cross_entropy(network, look, batch.clean).mean()
+    pairs = mx.arange(1, batch.tokens.shape[1]) < batch.lengths[:, None]  # [B, T − 1]
+    encoder = cross_entropy(network, hidden[:, :-1], batch.tokens[:, 1:]) * pairs.flatten()
+    return decoder, encoder.sum() / pairs.sum()
+
+
+def cross_entropy(network: Network, hidden: mx.array, targets: mx.array) -> mx.array:
+    """Per token, [B · T], from hidden states [B, T, H]. Large vocabularies are done piece by piece, and again in
+    the backward pass, so that no more than LOGITS logits exist at a time."""
+
+    table = network.decoder.embed_tokens
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    rows = max(1, LOGITS // network.config.vocab_size)
+    pieces = []
+    for start in range(0, len(targets), rows):
+        part = targets[start : start + rows]
+
+        def piece(hidden: mx.array, part: mx.array = part) -> mx.array:
+            return nn.losses.cross_entropy(network.head(hidden[None])[0], part)
+
+        pieces.append(_run(piece, table, hidden[start : start + rows], recompute=rows < len(targets)))
+    return mx.concatenate(pieces)
+
+
+def _run(forward: Callable[..., Any], module: nn.Module, *inputs: mx.array, recompute: bool) -> Any:
+    """`forward(*inputs)`, which uses `module`'s weights; with `recompute`, again in the backward pass instead of
+    keeping what it computes on the way.
+
+    As mx.checkpoint, but the backward pass waits at each call for the gradients of its weights. MLX would leave them
+    for the end of the whole pass, and until then hold all that this call has computed again, which is what
+    recomputing was to save.
+    """
+    if not recompute:
+        return forward(*inputs)
+    weights = leaves(module.trainable_parameters())
+    count = len(weights)
+
+    def again(*arrays: mx.array) -> Any:
+        module.update(tree_unflatten(list(zip(weights, arrays[:count], strict=True))))
+        return forward(*arrays[count:])
+
+    def backward(primals: Any, cotangents: Any, _: Any) -> Any:
+        primals, cotangents = (list(a) if isinstance(a, list | tuple) else [a] for a in (primals, cotangents))
+        _, gradients = mx.vjp(again, mx.depends(primals, cotangents), cotangents)
+        return (*gradients[:count], *mx.depends(gradients[count:], gradients[:count]))
+
+    run: Any = mx.custom_function(again)
+    run.vjp(backward)
+    result = run(*weights.values(), *inputs)
+    module.update(tree_unflatten(list(weights.items())))
+    return result
+
+
+KeysValues = list[tuple[mx.array, mx.array]]  # per layer [B, heads, T, D]
+
+
+def read_clean(network: Network, tokens: mx.array, *, recompute: bool = False) -> tuple[mx.array, KeysValues]:
+    """The encoder's causal pass over whole sequences [B, T]: last hidden states, and every layer's keys and values."""
+    place = mx.arange(tokens.shape[1])
+    distance = place[:, None] - place
+    masks = {
+        True: _scores((distance >= 0) & (distance < network.config.sliding_window)),
+        False: _scores(distance >= 0),
+    }
+    x, kept = network.embed(tokens), []
+    scalars = network.encoder.language_model.layers
+    for layer, scalar, kind in zip(network.decoder.layers, scalars, network.config.layers, strict=True):
+        mask = masks[kind.is_sliding].astype(x.dtype)
+        x, keys, values = _layer(layer, x, scalar.layer_scalar, mx.array(0), mask, recompute=recompute)
+        kept.append((keys, values))
+    return network.decoder.norm(x), kept
+
+
+def denoise(
+    network: Network,
+    canvas: mx.array,
+    starts: mx.array,
+    prefix: KeysValues,
+    signal: mx.array | None,
+    *,
+    recompute: bool = False,
+) -> mx.array:
+    """The decoder's look at canvases [B, L] that begin at `starts` [B], each behind its own prefix."""
+    rows, length = canvas.shape
+    place = mx.arange(prefix[0][0].shape[2])
+    before = place < starts[:, None]  # [B, T]
+    near = before & (place > starts[:, None] - network.config.sliding_window)
+    itself = mx.ones((rows, length), mx.bool_)
+    masks = {
+        sliding: _scores(mx.concatenate([seen, itself], axis=1))[:, None, None]  # [B, 1, 1, T + L]
+        for sliding, seen in ((True, near), (False, before))
+    }
+    x = network.decoder.self_conditioning.condition(network.embed(canvas), signal)
+    for layer, kind, kept in zip(network.decoder.layers, network.config.layers, prefix, strict=True):
+        mask = masks[kind.is_sliding].astype(x.dtype)
+        x, _, _ = _layer(layer, x, layer.layer_scalar, starts, mask, *kept, recompute=recompute)
+    return network.decoder.norm(x)
+
+
+def _layer(
+    layer: Layer, x: mx.array, scalar: mx.array, starts: mx.array, mask: mx.array, *prefix: mx.array, recompute: bool
+) -> tuple[mx.array, mx.array, mx.array]:
+    """One layer over x [B, T, H] behind the prefix's keys and values, if any: its output, and x's keys and values."""
+
+    def forward(x: mx.array, scalar: mx.array, *prefix: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        own: list[mx.array] = []
+
+        def memory(keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+            own.extend((keys, values))
+            if not prefix:
+                return keys, values
+            return mx.concatenate([prefix[0], keys], axis=2), mx.concatenate([prefix[1], values], axis=2)
+
+        return layer(x, scalar, starts, memory, mask), own[0], own[1]
+
+    return _run(forward, layer, x, scalar, *prefix, recompute=recompute)
+
+
+def first_look(network: Network, batch: Batch, prefix: KeysValues) -> mx.array:
+    """The self-conditioning signal [B, L, H]: of a look without a signal; zero from row `looks` on.
+
+    No gradient flows into that look, but one does into the table that mixes its logits, as in transformers.
+    """
+    rows, looks = len(batch.starts), batch.looks
+    still = [(mx.stop_gradient(keys[:looks]), mx.stop_gradient(values[:looks])) for keys, values in prefix]
+    hidden = denoise(network, batch.noisy[:looks], batch.starts[:looks], still, None)
+    signal = network.soft_embedding(mx.stop_gradient(network.head(hidden)))
+    return mx.concatenate([signal, mx.zeros((rows - looks, *signal.shape[1:]), signal.dtype)])
+
+
+def _scores(seen: mx.array) -> mx.array:
+    return mx.where(seen, 0.0, FORBIDDEN)
+
+
+class AllExperts(Experts):
+    """The same experts, run on every token and weighted by zero where the router did not choose them."""
+
+    def __init__(self, experts: Experts):
+        nn.Module.__init__(self)
+        self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
+
+    def __call__(self, x: mx.array, experts: mx.array, weights: mx.array, tuning: Tuning) -> mx.array:
+        into, out = self.gate_up_proj.weight, self.down_proj.weight  # [E, 2 M, H], [E, H, M]
+        count = into.shape[0]
+        chosen = experts[..., None] == mx.arange(count)  # [N, K, E]
+        share = (chosen * weights[..., None]).sum(axis=1)  # [N, E]
+        gate, up = mx.split((x @ into.flatten(0, 1).T).reshape(len(x), count, -1), 2, axis=-1)
+        y = geglu(gate, up) * share[..., None]  # [N, E, M]
+        return y.flatten(1) @ out.swapaxes(1, 2).flatten(0, 1)

@@ -1,0 +1,65 @@
+"""Attention taken in pieces equals MLX's own over everything, for every mask the network makes."""
+
+import mlx.core as mx
+import pytest
+
+from mlx_diffgemma.model import layers, masks
+from mlx_diffgemma.model.tuning import DEFAULT, Tuning
+
+LENGTH, PREFIX, DIM = 12, 29, 8
+
+
+def arrays(heads: int, kv_heads: int, batch: int = 2) -> tuple[mx.array, mx.array, mx.array]:
+    shapes = (batch, heads, LENGTH, DIM), *[(batch, kv_heads, PREFIX + LENGTH, DIM)] * 2
+    q, k, v = (mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate(shapes))
+    return q * 3, k, v
+
+
+@pytest.mark.parametrize("queries", [1, 5, 8, 12])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("mask", ["none", "causal", "window", "padded", "padded canvas"])
+def test_pieces_change_nothing(queries: int, heads: tuple[int, int], mask: str) -> None:
+    padding = mx.array([5, 0])
+    made = {
+        "none": None,
+        "causal": masks.causal(LENGTH, visible=PREFIX, position=PREFIX, window=None, padding=None),
+        "window": masks.causal(LENGTH, visible=PREFIX, position=PREFIX + 3, window=9, padding=None),
+        "padded": masks.causal(LENGTH, visible=PREFIX, position=PREFIX, window=None, padding=padding),
+        "padded canvas": masks.bidirectional(LENGTH, visible=PREFIX, position=PREFIX, padding=padding),
+    }[mask]
+    q, k, v = arrays(*heads)
+    whole = made.array() if isinstance(made, masks.Window) else made
+    expected = mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=whole)
+    few = Tuning(scores=4 * queries * heads[0] * (PREFIX + LENGTH))
+    assert mx.abs(layers.attend(q, k, v, made, few) - expected).max().item() < 1e-6
+
+
+@pytest.mark.parametrize(("visible", "window"), [(29, 9), (29, 30), (0, 5), (3, 12), (8, 9)])
+@pytest.mark.parametrize("step", [1, 4, 12, 50])
+def test_a_window_shows_the_last_keys_up_to_each_query(visible: int, window: int, step: int) -> None:
+    expected = [
+        [key <= query and query - key < window for key in range(visible + LENGTH)]
+        for query in range(visible, visible + LENGTH)
+    ]
+    made = masks.Window(length=LENGTH, visible=visible, window=window)
+    assert made.array().tolist() == expected
+    seen = mx.zeros((LENGTH, visible + LENGTH), mx.bool_)
+    for rows, columns, mask in made.pieces(step):
+        seen[rows, columns] = mask
+    assert seen.tolist() == expected
+
+
+def test_few_scores_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, int]] = []
+
+    def attention(q: mx.array, k: mx.array, v: mx.array, **_: object) -> mx.array:
+        shapes.append((q.shape[2], k.shape[2]))
+        return q
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
+    q, k, v = arrays(4, 2)
+    layers.attend(q, k, v, None, DEFAULT)
+    assert shapes == [(LENGTH, PREFIX + LENGTH)]
+    shapes.clear()
+    layers.attend(q, k, v, "causal", Tuning(scores=4 * 5 * 4 * (PREFIX + LENGTH)))
+    assert shapes == [(5, PREFIX + 5), (5, PREFIX + 10), (2, PREFIX + 12)]
