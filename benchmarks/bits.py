@@ -56,7 +56,13 @@ def python(tree: Path, *arguments: object) -> "subprocess.Popen[str]":
     command = [sys.executable, "-P", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(tree)}
     return subprocess.Popen(
-        command, cwd=tree, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=tree,
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 

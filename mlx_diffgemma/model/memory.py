@@ -17,12 +17,16 @@ SYSTEM = 4 << 30  # bytes macOS keeps for itself when that limit is raised
 STEP = 800_000_000
 
 
-def memory_needed(config: ModelConfig, weight_bytes: int, prefix: int, item_size: int = 2) -> int:
-    """Bytes to denoise behind a prefix of that many tokens: weights (without vision), keys and values, one step."""
+def memory_needed(config: ModelConfig, weight_bytes: int, prefix: int, item_size: int = 2, *, forks: int = 0) -> int:
+    """Bytes to denoise behind a prefix of that many tokens: weights (without vision), keys and values, one step.
+
+    `forks` of the prefix that are kept beside it hold windows of their own; what full layers hold is shared.
+    """
     total = weight_bytes + STEP
     for layer in config.layers:
         positions = min(prefix, config.sliding_window - 1) if layer.is_sliding else prefix
-        total += 2 * layer.num_kv_heads * layer.head_dim * (positions + config.canvas_length) * item_size
+        held = 2 * layer.num_kv_heads * layer.head_dim * (positions + config.canvas_length) * item_size
+        total += held * (1 + forks if layer.is_sliding else 1)
     return total
 
 

@@ -39,6 +39,7 @@ class Chat:
         ids = self.model.ids(messages, **template)
         lasting = self._lasting(ids, messages, template)
         request = self.model.prepare(ids, **run, **options)
+        request.check_memory(forks=2)  # what the turn goes on from, and what the next one will
         return self._turn(messages, ids, lasting, request)
 
     def _turn(self, messages: list[Message], ids: list[int], lasting: int, request: "Request") -> Iterator[Event]:

@@ -11,11 +11,13 @@ from ..files import layout
 from ..model.memory import memory_needed
 
 
-def check_memory(config: ModelConfig, weights: int, limit: int, prefix: int = 0, *, rows: int = 1) -> None:
+def check_memory(
+    config: ModelConfig, weights: int, limit: int, prefix: int = 0, *, rows: int = 1, forks: int = 0
+) -> None:
     """Errors: MemoryLimitError when the weights, or they and the context, cannot fit; says what would."""
 
     def needed(prefix: int) -> int:
-        whole = memory_needed(config, weights, prefix)
+        whole = memory_needed(config, weights, prefix, forks=forks)
         return whole + (rows - 1) * (whole - memory_needed(config, weights, 0))
 
     if needed(0) > limit:

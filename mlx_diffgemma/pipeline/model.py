@@ -172,8 +172,13 @@ class Request:
         length = self.settings.canvas_length or model.config.canvas_length
         engine.count_canvases(model.network, prompts, self.settings, length)
         self.noise, self.seeds = randomness.of(len(prompts), length, model.config.vocab_size)
-        prefix = max(map(len, prompts)) + self.settings.max_tokens
-        check_memory(model.config, weight_bytes(model.network), model.memory_limit, prefix, rows=len(prompts))
+        self.check_memory()
+
+    def check_memory(self, *, forks: int = 0) -> None:
+        """Errors: MemoryLimitError when the run does not fit beside so many forks of its prefix."""
+        model, rows = self.model, len(self.prompts)
+        prefix = max(map(len, self.prompts)) + self.settings.max_tokens
+        check_memory(model.config, weight_bytes(model.network), model.memory_limit, prefix, rows=rows, forks=forks)
 
     def events(self, cache: PrefixCache | None = None, pause_at: int | None = None) -> Iterator[Event]:
         """The engine's events, with texts and results; `cache` and `pause_at` as `engine.generate` has them.
