@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import ConfigError, DiffGemmaError
+from .values import shown
 
 REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -52,6 +53,8 @@ def user_path(text: str | Path, option: str) -> Path:
     Errors: ConfigError for an empty one, one with a NUL, a home that nobody has, and a relative path when the working
     directory was deleted.
     """
+    if not isinstance(text, str | Path):
+        raise ConfigError(f"{option} is {shown(text)}, expected a path.")
     if not str(text):
         raise ConfigError(f"{option} is empty, expected a path.")
     if "\0" in str(text):

@@ -15,7 +15,7 @@ from ..model.table import unpacked_dtype
 from .checkpoint import Checkpoint, open_checkpoint, side_files
 from .layout import is_vision
 from .quantization import Quantization, dequantize
-from .shards import Tensor
+from .shards import Tensor, write_tensors
 
 
 def load_network(path: Path, *, lazy: bool = False, ignore_keys: tuple[str, ...] = ()) -> Network:
@@ -24,7 +24,11 @@ def load_network(path: Path, *, lazy: bool = False, ignore_keys: tuple[str, ...]
 
     Errors: CheckpointError, ConfigError; unless lazy, for weights that are no numbers, too.
     """
-    checkpoint = open_checkpoint(path, ignore_keys=ignore_keys)
+    return filled(open_checkpoint(path, ignore_keys=ignore_keys), lazy=lazy)
+
+
+def filled(checkpoint: Checkpoint, *, lazy: bool = False) -> Network:
+    """`load_network` of a checkpoint that is open already."""
     network = Network(checkpoint.config)
     quantized = {path.removeprefix("model."): how for path, how in checkpoint.quantized.items()}
 
@@ -37,7 +41,8 @@ def load_network(path: Path, *, lazy: bool = False, ignore_keys: tuple[str, ...]
     try:
         network.load_weights(list(weights.items()), strict=True)
     except ValueError as error:
-        raise CheckpointError(f"the network and {path} disagree: {str(error).splitlines()[0]}") from None
+        what = str(error).splitlines()[0]
+        raise CheckpointError(f"the network and {checkpoint.folder} disagree: {what}") from None
     network.eval()
     experts = {name.removesuffix(".weight") for name in weights if ".experts." in name and name.endswith(".weight")}
     if mx.default_device() == mx.cpu and not experts <= quantized.keys():
@@ -132,7 +137,7 @@ def write_model(network: Network, source: Path, folder: Path) -> None:
     files = {file: cast(dict[str, mx.array], mx.load(str(file))) for file in {t.file for t in vision.values()}}
     weights |= {name: files[tensor.file][tensor.name] for name, tensor in vision.items()}
     with replacing_folder(folder) as made:
-        mx.save_safetensors(str(made / "model.safetensors"), weights, metadata={"format": "mlx"})
+        write_tensors(made / "model.safetensors", weights, {"format": "mlx"})
         for name in (Path("config.json"), *side_files(source)):
             (made / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, made / name)
