@@ -150,7 +150,7 @@ def test_groups_that_do_not_divide_a_width_become_smaller_or_vanish() -> None:
     sources = [
         Source(name=f"m{n}.weight", shape=(8, n), component="experts", quantize=True) for n in (256, 704, 96, 40)
     ]
-    planned = plan.plan(recipe, sources)
+    planned = planning.plan(recipe, sources)
     assert [item.how and item.how.group_size for item in planned] == [128, 64, 32, None]
     assert [item.wanted for item in planned] == [None, recipe.base, recipe.base, recipe.base]
     assert list(planning.quantization_block(recipe, planned)) == ["group_size", "bits", "mode", "m704", "m96"]
