@@ -8,6 +8,7 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..config import LayerConfig, ModelConfig
@@ -165,10 +166,13 @@ def _piece(mask: WholeMask, length: int, total: int, start: int, stop: int) -> t
 def periods(layer: LayerConfig) -> mx.array:
     """Rotation periods over 2π, float32 [D / 2]; unrotated dimensions have an infinite one.
 
-    Proportional RoPE rotates a part of the head but divides by the full head size.
+    Proportional RoPE rotates a part of the head but divides by the full head size. Made in float64 and rounded once, on
+    no device: an array that waits to be computed belongs to the thread that made it, and this one is no parameter that
+    loading would compute.
     """
-    rotated = mx.power(layer.rope_theta, mx.arange(0, layer.rotated_dims, 2, dtype=mx.float32) / layer.head_dim)
-    return mx.concatenate([rotated, mx.full(((layer.head_dim - layer.rotated_dims) // 2,), mx.inf)])
+    made = np.full(layer.head_dim // 2, np.inf)
+    made[: layer.rotated_dims // 2] = layer.rope_theta ** (np.arange(0, layer.rotated_dims, 2) / layer.head_dim)
+    return mx.array(made.astype(np.float32))
 
 
 class Layer(nn.Module):

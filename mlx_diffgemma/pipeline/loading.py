@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from ..errors import ConfigError, TokenizerError
 from ..files import checkpoint, hub, weights
+from ..model import threads
 from ..model.memory import machine_limit, memory_needed, weight_bytes
 from ..model.network import Network
 from ..model.tuning import DEFAULT, Trunk, Tuning
@@ -37,6 +38,7 @@ def load(
     Sets MLX's cache of freed buffers, for the whole process, to at most 1 GiB (mx.set_cache_limit).
     Errors: CheckpointError, ConfigError, MemoryLimitError.
     """
+    threads.clear_at_the_end()
     folder = hub.resolve(path_or_repo, revision=revision)
     config, limit = checkpoint.read_config(folder), memory_limit or machine_limit()
     check_memory(config, sum(file.stat().st_size for file in folder.glob("*.safetensors")), limit)
