@@ -10,6 +10,7 @@ from ..disk import visible
 from ..errors import ConfigError, TokenizerError
 from ..files import adapters, checkpoint, hub, weights
 from ..files.shipped import BUILT_IN
+from ..model import threads
 from ..model.memory import machine_limit, memory_needed, weight_bytes
 from ..model.network import Network
 from ..model.tuning import DEFAULT, Trunk, Tuning
@@ -44,6 +45,7 @@ def load(
     Errors: CheckpointError, ConfigError, MemoryLimitError.
     """
     memory_limit = optional(integer(least=1)).read(memory_limit, "memory_limit")
+    threads.clear_at_the_end()
     folder = hub.resolve(path_or_repo, revision=revision)
     if adapter is not None:
         adapter = adapters.find(adapter)

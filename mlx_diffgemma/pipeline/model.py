@@ -14,6 +14,7 @@ from ..generation import engine
 from ..generation.events import Event, Finished, Prefilled
 from ..generation.noise import Noise, NoiseRecorder, RecordedNoise, SeededNoise
 from ..generation.settings import GenerationConfig, GenerationOptions
+from ..model import threads
 from ..model.cache import PrefixCache
 from ..model.memory import machine_limit, weight_bytes
 from ..model.network import Network
@@ -248,6 +249,7 @@ class Request:
                 "this model is generating already; a model serves one thread at a time.\n"
                 "Wait for it, close its stream, or give both prompts to one generate([…]) call."
             )
+        threads.clear_at_the_end()
         try:
             reader = Answers(self.model._tokenizer, self.prompts, self.seeds)
             for event in engine.generate(
