@@ -1,9 +1,10 @@
-"""`mlx_diffgemma.generate`: a reply to one prompt, on a live canvas, as bare text or as JSON."""
+"""`mlx_diffgemma.generate`: a reply to a prompt, on a live canvas, as bare text or as JSON; or to a file of prompts."""
 
 import dataclasses
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from .text.tokenizer import Message
 
 EXAMPLE = "Solve this Sudoku:\n63. ...\n.15 63.\n.56 2..\n.21 ..5\n... 5..\n... 34."
+
+
+_offline_option = partial(click.option, cls=Option, section="A file of prompts")
 
 
 @command("generate")
@@ -56,10 +60,28 @@ EXAMPLE = "Solve this Sudoku:\n63. ...\n.15 63.\n.56 2..\n.21 ..5\n... 5..\n... 
     section="Output",
     help="Stay so long at every step.",
 )
+@_offline_option("--input", "input_file", metavar="FILE.jsonl", help='A prompt a line: {"prompt": …, "id": …}.')
+@_offline_option("--output", metavar="FILE.jsonl", help="The replies, a line each; a killed run goes on from here.")
+@_offline_option("--batch-size", type=click.IntRange(1), metavar="N", help="Prompts at a time.  [default: 8]")
 @click.option("-q", "--quiet", is_flag=True, help="Print the reply and nothing else.")
 @generation_options
-def main(source: dict[str, Any], options: dict[str, Any], **wanted: Any) -> None:
+def main(
+    source: dict[str, Any],
+    options: dict[str, Any],
+    input_file: str | None,
+    output: str | None,
+    batch_size: int | None,
+    **wanted: Any,
+) -> None:
     """Write a reply to a prompt. On a terminal the canvas is shown as it settles; a pipe gets the bare text."""
+    if input_file is not None:
+        if output is None:
+            raise click.UsageError("--input needs --output: where the replies go.")
+        Offline(source=source, options=options, **_for_a_file(wanted)).run(Path(input_file), Path(output), batch_size)
+        return
+    for name, value in (("--output", output), ("--batch-size", batch_size)):
+        if value is not None:
+            raise click.UsageError(f"{name} goes with --input: it would do nothing.")
     Reply(source=source, options=options, **wanted).give()
 
 
@@ -141,6 +163,61 @@ class Reply:
         if recording:
             sinks.append(Live(recording, decode, every_step=True, voice=Voice(show_thinking=thoughts)))
         return sinks
+
+
+# ---------------------------------------------------------------------------------------------------- a file of prompts
+
+
+def _for_a_file(wanted: dict[str, Any]) -> dict[str, Any]:
+    """What of the options a file of prompts takes. Errors: UsageError for one that is for a single prompt."""
+    taken = {"system_prompt", "thinking", "quiet"}
+    if single := [name for name, value in wanted.items() if name not in taken and value not in (None, False, 0)]:
+        name = {"form": wanted["form"]}.get(single[0], single[0].replace("_", "-"))
+        raise click.UsageError(f"--{name} is for a single prompt: with --input it would do nothing.")
+    return {name: wanted[name] for name in taken}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offline:
+    """Replies to a file of prompts."""
+
+    source: dict[str, Any]
+    options: dict[str, Any]
+    system_prompt: str | None
+    thinking: bool | None
+    quiet: bool
+
+    def run(self, file: Path, target: Path, batch_size: int | None) -> None:
+        """Exit status 1 when a line failed: its reply says why."""
+        from ._version import __version__
+        from .pipeline import offline
+        from .terminal.progress import Count
+
+        lines = offline.read_lines(file, self.system_prompt)
+        model = open_model(self.source, quiet=self.quiet)
+        chosen = run_options(model, self.options)
+        seed = chosen.pop("seed", None)
+        if self.thinking is not None:
+            chosen["enable_thinking"] = self.thinking
+        about = {"version": __version__, "model": self.source, "options": chosen}
+        about |= {"tuning": model.network.tuning.fingerprint}
+        job = offline.Offline(model, lines, target, batch_size=batch_size or 8, seed=seed, options=chosen, about=about)
+        try:
+            with Count("replies", quiet=self.quiet) as count:
+                for progress in job.run():
+                    count(progress.done, progress.total, f"{progress.failed} failed" * bool(progress.failed))
+        except KeyboardInterrupt:
+            click.echo(f"Interrupted: {job.journal.path} keeps what is done; the same command continues.", err=True)
+            raise
+        failed = offline.failures(target)
+        for name, error in failed[:5]:
+            click.echo(f"Failed: {name}: {error.splitlines()[0]}", err=True)
+        if failed:
+            click.echo(f"{len(failed)} of {len(lines)} failed; each says why in {target}, as `error`.", err=True)
+        click.get_current_context().exit(1 if failed else 0)
+
+
+# -------------------------------------------------------------------------------------------------------- the prompt
 
 
 def conversation(prompt: str | None, messages: str | None, system_prompt: str | None) -> "list[Message]":
