@@ -21,9 +21,8 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
-from benchmarks import common
+from benchmarks import common, models
 from mlx_diffgemma.files import checkpoint, weights
 from mlx_diffgemma.generation import engine, events
 from mlx_diffgemma.generation.noise import SeededNoise
@@ -113,10 +112,8 @@ class _Stops:
 def mlx_vlm(raw: dict[str, Any], network: Network, settings: GenerationConfig) -> Side:
     from mlx_vlm.generate.diffusion import stream_diffusion_generate
 
-    from benchmarks.step import peer_model
-
-    model = peer_model(raw, network)
-    model.config.generation_config = generation_config(settings)
+    model = models.peer_model(raw, network)
+    model.config.generation_config = models.generation_config(settings)
     stops: Any = _Stops(settings.stop_ids)
 
     def generate(prompt: list[int], seed: int) -> Run:
@@ -162,8 +159,8 @@ def transformers(raw: dict[str, Any], network: Network, settings: GenerationConf
 
     if threads := os.environ.get("OPENBLAS_NUM_THREADS"):
         torch.set_num_threads(int(threads))  # as many as MLX's products get
-    model = reference(raw, network)
-    config = DiffusionGemmaGenerationConfig(**generation_config(settings))
+    model = models.reference_model(raw, network)
+    config = DiffusionGemmaGenerationConfig(**models.generation_config(settings))
     marks: dict[str, list[float]] = {"encoder": [], "decoder": []}
     for name, times in marks.items():
         getattr(model.model, name).register_forward_pre_hook(lambda *_, times=times: times.append(time.perf_counter()))
@@ -190,48 +187,6 @@ def transformers(raw: dict[str, Any], network: Network, settings: GenerationConf
         )
 
     return generate
-
-
-def reference(raw: dict[str, Any], network: Network) -> Any:
-    """transformers' model in float32 with our network's weights."""
-    import torch
-    from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
-
-    from convert.record_reference import VISION
-
-    config = DiffusionGemmaConfig.from_dict({**raw, "vision_config": VISION})
-    model: Any = DiffusionGemmaForBlockDiffusion(config).eval()
-    weights = dict(tree_flatten(network.parameters()))
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if "vision" not in name:
-                value.copy_(torch.from_numpy(np.array(weights[_our_name(name)].astype(mx.float32))))
-    return model
-
-
-def _our_name(name: str) -> str:
-    """Where our network keeps a weight of transformers' model; the encoder shares all but its layer scalars."""
-    if name == "lm_head.weight":
-        return "decoder.embed_tokens.weight"
-    name = name.removeprefix("model.")
-    if not name.endswith("layer_scalar"):
-        name = name.replace("encoder.language_model.", "decoder.")
-    return f"{name}.weight" if name.endswith(("experts.gate_up_proj", "experts.down_proj")) else name
-
-
-def generation_config(settings: GenerationConfig) -> dict[str, Any]:
-    """Our settings in the words of generation_config.json, none left out: mlx-vlm does not stop early otherwise."""
-    return {
-        "max_new_tokens": settings.max_tokens,
-        "max_denoising_steps": settings.max_denoising_steps,
-        "t_min": settings.t_min,
-        "t_max": settings.t_max,
-        "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": settings.entropy_bound},
-        "stability_threshold": settings.stability_threshold,
-        "confidence_threshold": settings.confidence_threshold,
-        "eos_token_id": list(settings.stop_ids),
-        "pad_token_id": settings.pad_token_id,
-    }
 
 
 SIDES = {"mlx-vlm": mlx_vlm, "transformers": transformers}
@@ -292,9 +247,7 @@ def rows(medians: dict[str, dict[str, float]]) -> Iterator[list[object]]:
 def load(options: argparse.Namespace) -> tuple[dict[str, Any], Network, GenerationConfig, list[list[int]]]:
     """config.json, our network, the generation config and the prompts as ids."""
     if options.scaled:
-        from benchmarks.step import config
-
-        raw = config(*options.scaled)
+        raw = models.config(*options.scaled)
         network = small_network(config=raw, weights={"seed": 0, "branches": 0.1, "sharpness": 10.0})
         ids = np.random.default_rng(0).integers(0, network.config.vocab_size, options.prompt_tokens).tolist()
         return raw, network, GenerationConfig(), [ids]
@@ -327,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "benchmark": "generate",
         "model": model,
         "config": raw,
-        "settings": generation_config(settings),
+        "settings": models.generation_config(settings),
         "prompt_tokens": [len(prompt) for prompt in prompts],
         "medians": medians,
         "runs": {name: [asdict(run) for run in every] for name, every in runs.items()},

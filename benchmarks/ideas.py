@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from benchmarks import common, step
+from benchmarks import common, models, step
 from mlx_diffgemma.bench import WITHOUT, plain_tuning
 from mlx_diffgemma.generation import vocabulary
 from mlx_diffgemma.model.tuning import DEFAULT
@@ -127,10 +127,10 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=262_144)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    raw = step.config(arguments.hidden, arguments.layers, arguments.experts, arguments.vocabulary)
-    network = step.our_network(raw)
+    raw = models.config(arguments.hidden, arguments.layers, arguments.experts, arguments.vocabulary)
+    network = models.our_network(raw)
     prompt = mx.random.randint(0, arguments.vocabulary, (1, arguments.prefix), key=mx.random.key(2))
-    ours = step.Ours(network, prompt, step.keys_and_values(network, network.config.canvas_length), commits=8)
+    ours = step.Ours(network, prompt, models.keys_and_values(network, network.config.canvas_length), commits=8)
     found = {name: measure(work, WORKS[name], arguments.runs) for name, work in works(ours).items()}
     document = common.provenance() | {"config": raw, "prefix": arguments.prefix, "runs": arguments.runs, "works": found}
     print(table(document))

@@ -89,7 +89,7 @@ def measure(side: str, folder: Path, *, torch: bool = False) -> dict[str, float]
 
 def make_pack(folder: Path, *, hidden: int, layers: int, experts: int, vocabulary: int) -> Path:
     """A random pack in q8 with the released names, and a tokenizer of so many tokens."""
-    from benchmarks.step import config
+    from benchmarks.models import config
     from mlx_diffgemma.files.checkpoint import open_checkpoint
     from mlx_diffgemma.packing.conversion import convert, plan_conversion
     from mlx_diffgemma.packing.recipes import load_recipe

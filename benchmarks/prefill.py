@@ -17,7 +17,7 @@ import numpy as np
 from mlx_vlm.models.diffusion_gemma import Model as PeerModel
 
 from benchmarks import common
-from benchmarks.step import Arrays, config, keys_and_values, our_network, peer_model
+from benchmarks.models import Arrays, config, keys_and_values, our_network, peer_model
 from mlx_diffgemma.model.network import Network
 
 CHUNK = 2048

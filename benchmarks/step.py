@@ -27,13 +27,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_vlm.generate import diffusion as peer_loop
 from mlx_vlm.models.diffusion_gemma import Model as PeerModel
-from mlx_vlm.models.diffusion_gemma import ModelConfig as PeerConfig
 from mlx_vlm.models.diffusion_gemma import language as peer_language
 
-from benchmarks import common, generate, roofline
+from benchmarks import common, models, roofline
+from benchmarks.models import Arrays
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.files import checkpoint
 from mlx_diffgemma.generation import sampler, vocabulary
@@ -50,67 +49,6 @@ PUBLISHED = {  # the forward's share of a step of the 26B model, as others measu
     "M3 Pro, measured by diffgemma": (449 + 234) / (449 + 234 + 106),
     "M5 Max, measured by vmlx": 0.91,
 }
-Arrays = list[tuple[mx.array, mx.array]]
-
-
-def config(hidden: int, layers: int, experts: int, vocabulary: int = 262_144) -> dict[str, Any]:
-    """The released config with a smaller hidden size, fewer layers and experts; widths keep their proportions."""
-    full = {*range(5, layers, 6), layers - 1}  # the last layer is a full one, always
-    kinds = ["full_attention" if i in full else "sliding_attention" for i in range(layers)]
-    return {
-        "model_type": "diffusion_gemma",
-        "canvas_length": 256,
-        "text_config": {
-            "vocab_size": vocabulary,
-            "hidden_size": hidden,
-            "intermediate_size": hidden * 3 // 4,
-            "moe_intermediate_size": hidden // 4,
-            "num_hidden_layers": layers,
-            "layer_types": kinds,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "num_global_key_value_heads": 2,
-            "head_dim": 256,
-            "global_head_dim": 512,
-            "num_experts": experts,
-            "top_k_experts": 8,
-            "sliding_window": 1024,
-            "max_position_embeddings": 262_144,
-            "rms_norm_eps": 1e-6,
-        },
-    }
-
-
-def our_network(raw: dict[str, Any]) -> Network:
-    """Random weights: matrices that keep the size of what passes through them, norms and scales 1."""
-    network = Network(ModelConfig.from_dict(raw))
-    weights = []
-    for number, (name, value) in enumerate(dict(tree_flatten(network.parameters())).items()):
-        if value.ndim > 1:
-            value = mx.random.normal(value.shape, key=mx.random.key(number)) * value.shape[-1] ** -0.5
-        weights.append((name, value))
-    network.load_weights(weights)
-    mx.eval(network.parameters())
-    return network
-
-
-def peer_model(raw: dict[str, Any], network: Network) -> PeerModel:
-    """mlx-vlm's model around the same arrays; it has no vision tower here."""
-    model = PeerModel(PeerConfig.from_dict({**raw, "vision_config": None}))
-    names, ours = dict(tree_flatten(model.parameters())), dict(tree_flatten(network.parameters()))
-    model.load_weights([(f"model.{name}", weight) for name, weight in ours.items() if f"model.{name}" in names])
-    return model
-
-
-def keys_and_values(network: Network, length: int) -> Arrays:
-    """Random keys and values of `length` positions for every layer."""
-    arrays = []
-    for number, layer in enumerate(network.config.layers):
-        shape = (1, layer.num_kv_heads, length, layer.head_dim)
-        keys, values = (mx.random.normal(shape, key=mx.random.key(2 * number + i)) for i in (0, 1))
-        arrays.append((keys, values))
-    mx.eval(arrays)
-    return arrays
 
 
 # --------------------------------------------------------------------------------------------------------- the sides
@@ -245,15 +183,17 @@ class Reference:
         import torch
         from transformers import DiffusionGemmaGenerationConfig, DynamicCache  # pyright: ignore
 
+        from convert.record_reference import CACHE
+
         self.torch, self.model = torch, model
         self.prompt, self.canvas = (torch.from_numpy(np.array(ids)).long() for ids in (prompt, canvas))
-        self.cache = DynamicCache(config=model.config.get_text_config())
+        self.prefix = {CACHE: DynamicCache(config=model.config.get_text_config())}
         with torch.inference_mode():
             for start in range(0, prompt.shape[1], CHUNK):
-                model.model.encoder(input_ids=self.prompt[:, start : start + CHUNK], past_key_values=self.cache)
+                model.model.encoder(input_ids=self.prompt[:, start : start + CHUNK], **self.prefix)
             shape = (1, canvas.shape[1], model.config.text_config.vocab_size)
             self.logits = 4 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        settings = DiffusionGemmaGenerationConfig(**generate.generation_config(SETTINGS))
+        settings = DiffusionGemmaGenerationConfig(**models.generation_config(SETTINGS))
         self.own = {
             "sampler": model._prepare_sampler(settings),
             "logits_processor": model._prepare_logits_processor(settings),
@@ -264,7 +204,7 @@ class Reference:
     def forward(self) -> Any:
         with self.torch.inference_mode():
             decoder = self.model.model.decoder
-            return decoder(decoder_input_ids=self.canvas, past_key_values=self.cache).last_hidden_state
+            return decoder(decoder_input_ids=self.canvas, **self.prefix).last_hidden_state
 
     def step(self) -> None:
         end = self.prompt.shape[1]
@@ -277,9 +217,9 @@ class Reference:
                 decoder_position_ids=self.torch.arange(end, end + self.canvas.shape[1])[None],
                 self_conditioning_logits=self.logits,
                 mask_mapping={"full_attention": None, "sliding_attention": None},  # as it makes them without padding
-                past_key_values=self.cache,
                 finished_denoising=self.torch.zeros(1, dtype=self.torch.bool),
                 cur_step=STEPS - STEP,  # it counts the steps that remain
+                **self.prefix,
                 **self.own,
             )
 
@@ -318,7 +258,7 @@ def _status(key: str) -> int:
 def compare(network: Network, model: PeerModel, reference: Any, prefix: int, runs: int) -> dict[str, Any]:
     """All sides at one prefix length, part by part. `reference` is transformers' model, or None."""
     prompt = mx.random.randint(0, network.config.vocab_size, (1, prefix), key=mx.random.key(2))
-    ours = Ours(network, prompt, keys_and_values(network, network.config.canvas_length), commits=runs + 2)
+    ours = Ours(network, prompt, models.keys_and_values(network, network.config.canvas_length), commits=runs + 2)
     theirs = Theirs(model, prompt, ours)
     sides: dict[str, Any] = {"ours": ours, "mlx-vlm": theirs}
     differences = {"mlx-vlm": mx.abs(ours.hidden - theirs.hidden).max().item()}
@@ -395,16 +335,16 @@ def _shown(value: float | None, scale: float = 1, unit: str = "") -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    raw = config(options.hidden, options.layers, options.experts, options.vocabulary)
-    network = our_network(raw)
-    model, reference = peer_model(raw, network), None
+    raw = models.config(options.hidden, options.layers, options.experts, options.vocabulary)
+    network = models.our_network(raw)
+    model, reference = models.peer_model(raw, network), None
     document: dict[str, Any] = {"benchmark": "step", "config": raw, "runs": options.runs}
     if options.transformers:
         import torch
 
         torch.set_num_threads(os.cpu_count() or 1)
         document["torch_threads"] = torch.get_num_threads()
-        reference = generate.reference(raw, network)
+        reference = models.reference_model(raw, network)
     results = [compare(network, model, reference, prefix, options.runs) for prefix in options.prefix]
     sides = ["ours", "mlx-vlm", *(["transformers"] if options.transformers else [])]
     ratios = [f"{what} ÷ {side}" for side in sides[1:] for what in ("time", "memory")]

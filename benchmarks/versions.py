@@ -25,13 +25,17 @@ import json, sys, time
 import mlx.core as mx
 from mlx_diffgemma import DiffusionGemma, GenerationConfig, load
 from benchmarks import step
+try:
+    from benchmarks import models
+except ImportError:  # before it had a file of its own
+    models = step
 
 prefixes, chat, hidden, layers = json.loads(sys.argv[1])
 
 def conversation():
-    raw = step.config(64, 6, 16, vocabulary=640)
+    raw = models.config(64, 6, 16, vocabulary=640)
     settings = GenerationConfig(max_tokens=256, max_denoising_steps=2)
-    model = DiffusionGemma(step.our_network(raw), load(sys.argv[2]).tokenizer, settings)
+    model = DiffusionGemma(models.our_network(raw), load(sys.argv[2]).tokenizer, settings)
     talk = model.chat()
     talk.send("7" * chat, seed=1)
     mx.clear_cache()
@@ -51,10 +55,10 @@ def part(work):
     return run
 
 works = {}
-network = step.our_network(step.config(hidden, layers, 16))
+network = models.our_network(models.config(hidden, layers, 16))
 for prefix in prefixes:
     prompt = mx.random.randint(0, 262_144, (1, prefix), key=mx.random.key(2))
-    ours = step.Ours(network, prompt, step.keys_and_values(network, 256), commits=2)
+    ours = step.Ours(network, prompt, models.keys_and_values(network, 256), commits=2)
     for name, work in ours.parts().items():
         if name != "commit":
             works[f"{name} behind {prefix}"] = part(work)

@@ -2,8 +2,8 @@
 
     python convert/record_reference.py [--device cpu|cuda] [--only NAME] [--out tests/reference]
 
-Beside tests and benchmarks the one file that imports torch. Needs torch, transformers 5.23 and this package's Python
-files; MLX need not be there. When the built-in model is trained anew, record it anew: --only demo.
+Beside tests and benchmarks the one file that imports torch. Needs torch, transformers 5.23 or 5.24 and this package's
+Python files; MLX need not be there. When the built-in model is trained anew, record it anew: --only demo.
 
 Every file is an .npz without pickles. Its entry `provenance` is a JSON string:
 
@@ -45,6 +45,7 @@ any canvas; zeros behind the last step of a shorter one), B rows, L canvas posit
 import argparse
 import copy
 import hashlib
+import inspect
 import json
 import platform
 import subprocess
@@ -87,6 +88,9 @@ VISION = {
 }
 Model = Any  # DiffusionGemmaForBlockDiffusion; its annotations do not fit how it is called
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What transformers calls the argument that takes a cache: "past_key_values" up to 5.23, where 5.24 says "cache".
+_PARAMETERS = inspect.signature(DiffusionGemmaForBlockDiffusion.forward).parameters
+CACHE = next(name for name in ("cache", "past_key_values") if name in _PARAMETERS)
 
 
 # --- The reference as functions ------------------------------------------------------------------------------------
@@ -140,7 +144,7 @@ def encode(
         for piece in (prompt, *canvases):
             end += piece.shape[1]
             ids = torch.from_numpy(piece).long().to(model.device)
-            model.model.encoder(input_ids=ids, attention_mask=mask[:, :end], past_key_values=cache)
+            model.model.encoder(input_ids=ids, attention_mask=mask[:, :end], **{CACHE: cache})
     return cache, mask
 
 
@@ -157,9 +161,9 @@ def decode(
     with torch.no_grad():
         hidden = model.model(
             decoder_input_ids=torch.from_numpy(canvas).long().to(model.device),
-            past_key_values=cache,
             decoder_attention_mask=torch.nn.functional.pad(mask, (0, canvas.shape[1]), value=True),
             self_conditioning_logits=logits,
+            **{CACHE: cache},
         ).last_hidden_state
         scores = model.lm_head(hidden)
         scores = scores if scores.dtype == torch.float64 else scores.float()

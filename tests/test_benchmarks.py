@@ -1,8 +1,10 @@
 """The benchmarks: roofline's arithmetic against sums made here from published sizes, and a tiny run of each."""
 
+import ast
 import dataclasses
 import json
 from collections.abc import Callable
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import common, generate, load, readme, roofline, soak, step
+from benchmarks.models import generation_config, peer_model, reference_model
 from mlx_diffgemma.config import LayerConfig, ModelConfig
 from mlx_diffgemma.files.weights import load_network
 from mlx_diffgemma.generation.settings import GenerationConfig
@@ -237,6 +240,21 @@ def _last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+def test_no_benchmark_imports_one_that_imports_it() -> None:
+    """Imports inside functions count, too."""
+    graph = {}
+    for file in (common.ROOT / "benchmarks").glob("*.py"):
+        found = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "benchmarks":
+                found |= {name.name for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmarks."):
+                found.add((node.module or "").split(".")[1])
+        graph[file.stem] = found
+    assert "common" in graph["step"]
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
 # ------------------------------------------------------------------------------------------------------------- whole
 
 
@@ -332,8 +350,6 @@ def test_generate_runs_all_three(folder: Path, capsys: pytest.CaptureFixture[str
 def test_all_three_have_the_same_weights(folder: Path) -> None:
     import torch
 
-    from benchmarks.step import peer_model
-
     raw = json.loads((folder / "config.json").read_text())
     network = load_network(folder)
     random = np.random.default_rng(0)
@@ -343,7 +359,7 @@ def test_all_three_have_the_same_weights(folder: Path) -> None:
     ours = np.array(network.logits(mx.array(canvas), cache))
     theirs = np.array(peer_model(raw, network)(mx.array(prompt), canvas_ids=mx.array(canvas)).logits)
     with torch.no_grad():
-        model = generate.reference(raw, network)
+        model = reference_model(raw, network)
         reference = model(input_ids=torch.tensor(prompt), decoder_input_ids=torch.tensor(canvas)).logits.numpy()
     assert np.abs(ours).max() > 0.1
     np.testing.assert_allclose(ours, reference, atol=2e-4)
@@ -352,5 +368,5 @@ def test_all_three_have_the_same_weights(folder: Path) -> None:
 
 def test_a_generation_config_for_the_others_leaves_nothing_out() -> None:
     published = synthetic.published("released/generation_config.json")
-    made = generate.generation_config(GenerationConfig.from_dict(published))
+    made = generation_config(GenerationConfig.from_dict(published))
     assert made == {key: value for key, value in published.items() if key != "transformers_version"}

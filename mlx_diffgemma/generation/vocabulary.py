@@ -1,20 +1,26 @@
 """The vocabulary pass: hidden states in; best, guess, entropy and signal out.
 
-The embedding table is walked once, in tiles: of [B, L, V] nothing larger than one tile per stream ever exists. Each
-tile is summed about its own maximum and joined to the sums before it, as in flash attention: the hidden states are the
-queries, the table is both the keys (the head's logits) and the values (the soft embedding).
+The embedding table is walked once, in tiles: of [B, L, V] nothing larger than one tile per stream ever exists. It is
+summed by folds, each about its own maximum and joined to the sums before it, as in flash attention: the hidden states
+are the queries, the table is both the keys (the head's logits) and the values (the soft embedding).
+
+Folds, and the four parts whose sums are joined last, follow from the size of the vocabulary alone. How many folds are
+scored at once (the tile) and who walks which part (streams, machines) does not change what is added to what.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import zip_longest
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..model.table import Table, block_scores, mix, scaled, scores, shaped, unpacked_dtype
 from ..model.tuning import DEFAULT, Tuning
 
+PARTS = 4  # of the vocabulary: what streams and machines share
+FOLD = 8_192  # ids that are summed at once
 BLOCK = 256  # ids per entry of the first stage of sampling
 STREAMS = tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(2))  # see _lanes
 LOWEST = -1e30  # stands for −∞ where ∞ − ∞ would be NaN
@@ -116,35 +122,70 @@ def sparse_signal(sums: Sums, best: mx.array, rows: mx.array, *, tuning: Tuning 
 
 
 def _walk(x: mx.array, table: Table, shaping: Shaping, with_signal: bool, tuning: Tuning) -> "_Run":
-    """The sums for x [N, H]; of several streams each walks its part of the table, in step with the others."""
-    tiles = list(_tiles(table.weight.shape[0], tuning.tile))
-    lanes = _lanes(len(tiles), tuning.streams)
-    each = -(-len(tiles) // len(lanes))
-    parts = [tiles[i * each : (i + 1) * each] for i in range(len(lanes))]
-    sums: list[_Run | None] = [None] * len(lanes)
-    for round_ in zip_longest(*parts):
+    """The sums for x [N, H]. Streams share the parts, and walk theirs in step with one another."""
+    size = table.weight.shape[0]
+    lanes = _lanes(size, tuning)
+    parts: list[_Run | None] = [None] * PARTS
+    for round_ in zip_longest(*(_tiles(size, tuning.tile, share) for share in _shares(len(lanes)))):
         # Wait for the round before: MLX would else compute every tile's logits first, and hold them all.
-        before = [array for part in sums if part is not None for array in part.state]
-        for i, (ids, stream) in enumerate(zip(round_, lanes, strict=True)):
-            if ids is not None:
+        before = [array for run in parts if run is not None for array in run.state]
+        for folds, stream in zip(round_, lanes, strict=True):
+            if folds:
                 with mx.stream(stream):
-                    after = mx.depends(x, before) if before else x
-                    logits = shaping(scores(after, table, ids), mx.arange(ids.start, ids.stop))
-                    new, old = _Run.of(logits, table, ids, with_signal), sums[i]
-                    sums[i] = new if old is None else old.join(new)
-    return reduce(_Run.join, filter(None, sums))
+                    _add(parts, mx.depends(x, before) if before else x, table, shaping, folds, with_signal)
+    return reduce(_Run.join, filter(None, parts))
 
 
-def _lanes(tiles: int, streams: int) -> Sequence[mx.Stream | mx.ThreadLocalStream]:
-    """The streams that share the tiles: a CPU stream is one thread, a GPU works on everything at once."""
-    device = mx.default_device()
-    return STREAMS[:streams] if device.type == mx.cpu and tiles >= streams > 1 else [mx.default_stream(device)]
+def _add(
+    parts: "list[_Run | None]", x: mx.array, table: Table, shaping: Shaping, folds: "list[_Fold]", with_signal: bool
+) -> None:
+    """Score the ids of some neighbouring folds at once, and join each fold to its part."""
+    start, stop = folds[0].ids.start, folds[-1].ids.stop
+    logits = shaping(scores(x, table, slice(start, stop)), mx.arange(start, stop))  # [N, n]
+    for fold in folds:
+        ids = slice(fold.ids.start - start, fold.ids.stop - start)
+        new, old = _Run.of(logits[:, ids], table, fold.ids, with_signal), parts[fold.part]
+        parts[fold.part] = new if old is None else old.join(new)
 
 
-def _tiles(vocabulary: int, tile: int) -> Iterator[slice]:
+class _Fold(NamedTuple):
+    """A run of ids that is summed at once."""
+
+    part: int
+    ids: slice
+
+
+def _folds(vocabulary: int, part: int) -> Iterator[_Fold]:
+    """The folds of one part, whole blocks each: they follow from the size of the vocabulary and nothing else."""
     block = _block(vocabulary)
-    step = max(block, tile // block * block)
-    return (slice(start, min(start + step, vocabulary)) for start in range(0, vocabulary, step))
+    start, stop = (vocabulary // block * p // PARTS * block for p in (part, part + 1))
+    step = max(block, FOLD // block * block)
+    return (_Fold(part, slice(first, min(first + step, stop))) for first in range(start, stop, step))
+
+
+def _tiles(vocabulary: int, tile: int, parts: range) -> Iterator[list[_Fold]]:
+    """The folds of neighbouring parts, as many at a time as a tile holds."""
+    taken: list[_Fold] = []
+    for fold in (fold for part in parts for fold in _folds(vocabulary, part)):
+        if taken and fold.ids.stop - taken[0].ids.start > tile:
+            yield taken
+            taken = []
+        taken.append(fold)
+    if taken:
+        yield taken
+
+
+def _shares(lanes: int) -> list[range]:
+    """Which parts each lane walks."""
+    return [range(PARTS * lane // lanes, PARTS * (lane + 1) // lanes) for lane in range(lanes)]
+
+
+def _lanes(vocabulary: int, tuning: Tuning) -> Sequence[mx.Stream | mx.ThreadLocalStream]:
+    """The streams that share the parts: a CPU stream is one thread, a GPU works on everything at once."""
+    device, streams = mx.default_device(), min(tuning.streams, len(STREAMS))
+    if device.type == mx.cpu and streams > 1 and vocabulary >= streams * tuning.tile:
+        return STREAMS[:streams]
+    return [mx.default_stream(device)]
 
 
 def _block(vocabulary: int) -> int:

@@ -8,6 +8,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlx_diffgemma.generation import vocabulary
 from mlx_diffgemma.generation.vocabulary import LOWEST, Reading, Shaping, soft_rows, sparse_signal, walk
 from mlx_diffgemma.model.table import Table, scaled, soft_embedding, softcap, unpacked_dtype
 from mlx_diffgemma.model.tuning import Tuning
@@ -190,13 +191,26 @@ def test_without_draws_the_guess_is_the_best_token() -> None:
     assert mx.array_equal(reading.guess, reading.best)
 
 
-def test_tiles_do_not_change_what_is_read() -> None:
-    hidden, table, draws = hidden_of(1, 16), table_of(1024), mx.random.uniform(shape=(1, 16), key=mx.random.key(5))
-    shape = Shaping(cap=CAP, temperature=0.5)
-    one, many = (read(hidden, table, shape, draws, tile=tile) for tile in (1024, 256))
-    assert mx.array_equal(one.best, many.best)
-    assert mx.array_equal(one.guess, many.guess)
-    np.testing.assert_allclose(one.entropy, np.array(many.entropy), atol=1e-5)
+@pytest.mark.parametrize("size", [1, 3, 640, 1024, 40_960])
+def test_how_the_work_is_cut_changes_no_bit(size: int) -> None:
+    """Folds and parts follow from the vocabulary: tile and streams change neither what is added, nor in which order."""
+    hidden, table, draws = hidden_of(1, 8), table_of(size), mx.random.uniform(shape=(1, 8), key=mx.random.key(5))
+
+    def bits(tuning: Tuning) -> list[list]:
+        reading = walk(hidden, table, Shaping(cap=CAP, temperature=0.5), tuning=tuning).read(draws)
+        assert reading.signal is not None
+        return [a.tolist() for a in (reading.best, reading.guess, reading.entropy, reading.tail, reading.signal)]
+
+    first, *others = [bits(Tuning(tile=tile, streams=n)) for tile in (1, 256, 16_384, 1 << 40) for n in (1, 2)]
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 251, 640, 1000, 40_960, 262_144])
+def test_folds_cover_the_vocabulary_once(size: int) -> None:
+    folds = [fold for part in range(vocabulary.PARTS) for fold in vocabulary._folds(size, part)]
+    assert [i for fold in folds for i in (fold.ids.start, fold.ids.stop)][1:-1:2] == [f.ids.start for f in folds[1:]]
+    assert folds[0].ids.start == 0 and folds[-1].ids.stop == size
+    assert all(fold.ids.stop - fold.ids.start <= vocabulary.FOLD for fold in folds)
 
 
 @pytest.mark.parametrize("name", ["float32-1000", "affine-4-by-64", "mxfp8-8-by-32"])
