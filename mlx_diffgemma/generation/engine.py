@@ -114,7 +114,9 @@ class _Run:
         for index in range(canvases):
             best = mx.zeros((len(self.rows), self.length), mx.int32)
             trace = _Trace([not row.reason for row in self.rows])
-            canvas = _Canvas(self.network, self.cache, self.settings, self.noise, index, trace.running)  # 2
+            canvas = _Canvas(
+                self.network, self.cache, self.settings, self.noise, index, trace.running, self.reader
+            )  # 2
             for event in self._timed("denoise", canvas.steps()):  # 3 – 7
                 trace.add(event)
                 best = event.best
@@ -214,8 +216,10 @@ class _Canvas:
         noise: Noise,
         index: int,
         running: list[bool],
+        reader: Reader,
     ):
         self.network, self.cache, self.settings, self.noise, self.index = network, cache, settings, noise, index
+        self.reader = reader
         self.canvas = noise.canvas(index)  # [B, L]
         self.signal: mx.array | None = None  # [B, L, H]; None is the zero signal of step 0
         self.best = self.canvas
@@ -298,6 +302,7 @@ class _Canvas:
             accepted_count=tuple(map(int, counts)),
             mean_entropy=tuple(means),
             settled=tuple(map(bool, settled)),
+            decode=self.reader.decode,
         )
 
 
