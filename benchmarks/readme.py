@@ -20,10 +20,11 @@ from typing import Any
 from benchmarks import common, ideas, roofline
 from benchmarks import recipes as measured_recipes
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.files import checkpoint, layout
+from mlx_diffgemma.files import layout
 from mlx_diffgemma.model import memory
 from mlx_diffgemma.packing import plan
 from mlx_diffgemma.packing.recipes import load_recipe
+from mlx_diffgemma.readers import read_json
 
 RESULTS = Path(__file__).with_name("results")
 RECIPES = ("q8", "q6", "q4-bf16", "q4", "mxfp4", "q3", "q2")
@@ -40,7 +41,7 @@ def blocks(results: Path = RESULTS) -> dict[str, str]:
     """What belongs between the markers, by name."""
     measured = {"step": ("step.json", step), "quality": ("recipes.json", quality), "ideas": ("ideas.json", idea_table)}
     made = {
-        name: write(checkpoint.read_json(results / file)) if (results / file).exists() else ""
+        name: write(read_json(results / file)) if (results / file).exists() else ""
         for name, (file, write) in measured.items()
     }
     return {"macs": macs(), "recipes": recipes(), "roofline": _roofline(), **made}
@@ -108,7 +109,7 @@ def macs() -> str:
 
 
 def _released() -> ModelConfig:
-    return ModelConfig.from_dict(checkpoint.read_json(roofline.RELEASED))
+    return ModelConfig.from_dict(read_json(roofline.RELEASED))
 
 
 def _text_bytes(sizes: dict[str, plan.Size]) -> int:

@@ -5,7 +5,6 @@ for each batch, written whole. A run that is killed loses the batch it was at, a
 batches that are missing. When all are there, the replies are written in the order of the prompts, at once.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,14 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..disk import replacing
+from ..disk import lock, replacing
 from ..errors import ConfigError, MemoryLimitError, PromptError, TokenizerError
 from ..generation import engine
+from ..readers import decoded, parse_json, read_bytes
 from .model import DiffusionGemma, Prompt, Request
 from .results import Result, result_json
 
 OF_A_LINE = (PromptError, TokenizerError, MemoryLimitError)  # what is wrong with one prompt alone
 OWN = ("id", "prompt", "messages", "seed")  # keys of a line that mean something; others travel with the reply
+TEMPLATE = ("enable_thinking", "template_options", "sanitize_control_tokens")  # options that prompts alone need
 SAID = (*"text thinking tool_calls ids finish_reason canvases tuning departures error".split(),)  # keys of a reply
 
 
@@ -45,11 +46,7 @@ def read_lines(file: Path, system: str | None = None) -> list[Line]:
     `system` goes before every prompt. A line that is no prompt has its `error`. Errors: PromptError for a file that
     cannot be read or holds nothing, or an id that is there twice.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise PromptError(f"--input {file} cannot be read: {reason}.") from None
+    text = decoded(read_bytes(file, fault=PromptError), str(file), fault=PromptError)
     lines = [_line(number, line, system) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise PromptError(f'--input {file} holds no prompts, expected lines like {{"prompt": "…"}}.')
@@ -63,9 +60,9 @@ def read_lines(file: Path, system: str | None = None) -> list[Line]:
 
 def _line(number: int, text: str, system: str | None) -> Line:
     try:
-        found = json.loads(text)
-    except ValueError as error:
-        return Line(number=number, id=number, prompt="", seed=None, beside={}, error=f"no JSON: {error}")
+        found = parse_json(text, f"line {number}", fault=PromptError)
+    except PromptError as error:
+        return Line(number=number, id=number, prompt="", seed=None, beside={}, error=str(error))
     if isinstance(found, str):
         found = {"prompt": found}
     if not isinstance(found, dict):
@@ -90,8 +87,7 @@ def _prompt(found: dict[str, Any], system: str | None) -> tuple[Prompt, str]:
     if messages is not None:
         if system is not None:
             return "", "--system-prompt goes before prompts; messages hold their own"
-        good = isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages)
-        return (messages, "") if good else ("", 'messages: expected [{"role": …, "content": …}, …]')
+        return (messages, "") if isinstance(messages, list) else ("", "messages: expected a list")
     if not isinstance(prompt, str) or not prompt.strip():
         return "", "prompt is empty" if isinstance(prompt, str) else "prompt: expected text"
     before = [{"role": "system", "content": system}] if system is not None else []
@@ -175,7 +171,7 @@ class Offline:
         return ready, broken
 
     def _asked(self, line: Line) -> _Asked:
-        template = {key: self.options.get(key) for key in ("enable_thinking", "template_options")}
+        template: Any = {key: value for key, value in self.options.items() if key in TEMPLATE}
         ids = self.model.ids(line.prompt, **template)
         seed = self.journal.seed + line.number - 1 if line.seed is None else line.seed
         request = self.model.prepare(ids, seed=seed, **self._run_options())
@@ -184,7 +180,7 @@ class Offline:
         return _Asked(line=line, ids=ids, seed=seed, canvases=canvases)
 
     def _run_options(self) -> dict[str, Any]:
-        return {key: v for key, v in self.options.items() if key not in ("enable_thinking", "template_options")}
+        return {key: value for key, value in self.options.items() if key not in TEMPLATE}
 
     def _batches(self, ready: list[_Asked]) -> Iterator[list[_Asked]]:
         """The longest prompts first; the same batches in every run.
@@ -242,8 +238,6 @@ class Journal:
 
     def __init__(self, target: Path, about: dict[str, Any], seed: int | None):
         self.target, self.path = target, target.with_name(target.name + ".journal")
-        if not target.absolute().parent.is_dir():
-            raise ConfigError(f"cannot write {target}: there is no folder {target.parent}.")
         if target.exists() and not self.path.exists():
             raise ConfigError(f"{target} is there already.\nChoose another --output, or remove it.")
         self.done: set[int] = set()
@@ -257,10 +251,7 @@ class Journal:
             raise
 
     def _open(self, about: dict[str, Any], seed: int | None) -> None:
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another process is writing {self.path}: wait for it, or stop it.") from None
+        lock(self.file, ConfigError(f"another process is writing {self.path}: wait for it, or stop it."))
         records = self._read()
         if records:
             self.seed = self._check(records[0], about, seed)

@@ -141,7 +141,7 @@ def test_failed_lines_are_marked_reported_and_the_status_says_so(model: str, tmp
     assert found[5]["ids"] == found["good"]["ids"]  # the same prompt and seed
     errors = {name: line["error"] for name, line in found.items() if "error" in line}
     assert errors.keys() == {"long", 3, 6, 7, "taken", 9, 11}
-    assert "no JSON" in errors[3] and "either prompt or messages" in errors[6] and "empty" in errors[7]
+    assert "line 3 is not JSON" in errors[3] and "either prompt or messages" in errors[6] and "empty" in errors[7]
     assert "'text' is a key of the reply" in errors["taken"] and "expected text or a whole number" in errors[9]
 
 
@@ -152,7 +152,7 @@ REFUSED = [
     ("-p hi --input {file} --output {out}", 2, "--prompt is for a single prompt"),
     ("--json --input {file} --output {out}", 2, "--json is for a single prompt"),
     ("--pace 1 --input {file} --output {out}", 2, "--pace is for a single prompt"),
-    ("--input {file}x --output {out}", 1, "cannot be read: No such file"),
+    ("--input {file}x --output {out}", 1, "there is no such file"),
     ("--input {twice} --output {out}", 1, "lines 1 and 2 have the same id, 'a'"),
     ("--input {none} --output {out}", 1, "holds no prompts"),
     ("--input {file} --output {out}/no/replies.jsonl", 1, "there is no folder"),
