@@ -136,7 +136,9 @@ class _Run:
         for index in range(canvases):
             best = mx.zeros((len(self.rows), self.length), mx.int32)
             trace = _Trace([not row.reason for row in self.rows])
-            canvas = _Canvas(self.network, self.cache, self.settings, self.noise, index, trace.running)  # 2
+            canvas = _Canvas(
+                self.network, self.cache, self.settings, self.noise, index, trace.running, self.reader
+            )  # 2
             for event in self._timed("denoise", canvas.steps()):  # 3 – 7
                 trace.add(event)
                 best = event.best
@@ -236,8 +238,10 @@ class _Canvas:
         noise: Noise,
         index: int,
         running: list[bool],
+        reader: Reader,
     ):
         self.network, self.cache, self.settings, self.noise, self.index = network, cache, settings, noise, index
+        self.reader = reader
         self.canvas = noise.canvas(index)  # [B, L]
         self.signal: mx.array | None = None  # [B, L, H]; None is the zero signal of step 0
         self.best = self.canvas
@@ -271,11 +275,10 @@ class _Canvas:
     def _shaping(self, step: int) -> vocabulary.Shaping:
         """How this step turns the head's scores into logits."""
         settings, canvas = self.settings, self.canvas
+        t_min, t_max = settings.schedule
         return vocabulary.Shaping(
             cap=self.network.config.final_logit_softcapping,
-            temperature=sampler.temperature(
-                step, settings.max_denoising_steps, t_min=settings.t_min, t_max=settings.t_max
-            ),
+            temperature=sampler.temperature(step, settings.max_denoising_steps, t_min=t_min, t_max=t_max),
             forbidden=settings.stop_ids if settings.avoid_empty and self.index == 0 else (),
             positions=mx.arange(canvas.size) % canvas.shape[1] == 0,  # position 0 of every row
         )
@@ -326,6 +329,7 @@ class _Canvas:
             accepted_count=tuple(map(int, counts)),
             mean_entropy=tuple(means),
             settled=tuple(map(bool, settled)),
+            decode=self.reader.decode,
         )
 
 

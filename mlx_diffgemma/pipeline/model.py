@@ -66,13 +66,15 @@ class DiffusionGemma:
         noise: Noise | None = None,
         enable_thinking: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
+        template_options: dict[str, Any] | None = None,
         sanitize_control_tokens: bool = False,
         **options: Unpack[GenerationOptions],
     ) -> Result | list[Result]:
         """Generate for one prompt (→ Result) or several at once (→ list of Results).
 
         A prompt is text, chat messages, or ids; text becomes a user message. With `sanitize_control_tokens` the control
-        tokens in messages and tools are plain text. `options` are GenerationConfig's.
+        tokens in messages and tools are plain text. `options` are GenerationConfig's, `template_options` further
+        variables of the chat template.
         A batch's `seeds` give each row the noise of its own single run; `seed` gives rows seed, seed + 1, …
         Errors: ConfigError for an option that does not exist, PromptError, TokenizerError, BusyError.
         """
@@ -83,6 +85,7 @@ class DiffusionGemma:
             noise=noise,
             enable_thinking=enable_thinking,
             tools=tools,
+            template_options=template_options,
             sanitize_control_tokens=sanitize_control_tokens,
             **options,
         )
@@ -97,6 +100,7 @@ class DiffusionGemma:
         noise: Noise | None = None,
         enable_thinking: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
+        template_options: dict[str, Any] | None = None,
         sanitize_control_tokens: bool = False,
         **options: Unpack[GenerationOptions],
     ) -> Iterator[Event]:
@@ -109,6 +113,7 @@ class DiffusionGemma:
             noise=noise,
             enable_thinking=enable_thinking,
             tools=tools,
+            template_options=template_options,
             sanitize_control_tokens=sanitize_control_tokens,
             **options,
         )
@@ -123,12 +128,13 @@ class DiffusionGemma:
         noise: Noise | None = None,
         enable_thinking: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
+        template_options: dict[str, Any] | None = None,
         sanitize_control_tokens: bool = False,
         **options: Unpack[GenerationOptions],
     ) -> "Request":
         """Check everything that `generate` would, and run nothing yet. Errors: as `generate`, but for BusyError."""
         each = cast(list[Prompt], prompt if _is_batch(prompt) else [prompt])
-        template: Any = {"enable_thinking": enable_thinking, "tools": tools}
+        template: Any = {"enable_thinking": enable_thinking, "tools": tools, "template_options": template_options}
         prompts = [self.ids(p, sanitize_control_tokens=sanitize_control_tokens, **template) for p in each]
         return Request(self, prompts, options, Randomness(seed=seed, seeds=seeds, noise=noise))
 
@@ -142,14 +148,15 @@ class DiffusionGemma:
         *,
         enable_thinking: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
+        template_options: dict[str, Any] | None = None,
         sanitize_control_tokens: bool = False,
     ) -> list[int]:
         """A prompt as ids. Errors: PromptError for one that is neither text, messages nor ids, TokenizerError for
         messages that the chat template does not take, and for an option that it does not know."""
         if isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
-            if enable_thinking is not None or tools is not None or sanitize_control_tokens:
+            if enable_thinking is not None or tools is not None or template_options or sanitize_control_tokens:
                 raise PromptError(
-                    "enable_thinking, tools and sanitize_control_tokens go to the chat template;"
+                    "enable_thinking, tools, template_options and sanitize_control_tokens go to the chat template;"
                     " a prompt of ids has none."
                 )
             return cast(list[int], list(prompt))
@@ -170,6 +177,7 @@ class DiffusionGemma:
             check_messages(prompt),
             enable_thinking=enable_thinking,
             tools=tools,
+            template_options=template_options,
             sanitize_control_tokens=sanitize_control_tokens,
         )
 
