@@ -53,7 +53,7 @@ def without(first: Characters, second: Characters) -> Characters:
 
 
 def _split(low: int, high: int, digits: int, base: int) -> Iterator[tuple[Range, ...]]:
-    """Numbers from low to high as runs of `digits` ranges of digits: 7 … 23 in base 10 is [0][7–9], [1][0–9], [2][0–3]."""
+    """Numbers from low to high as runs of ranges of digits: 7 … 23 in base 10 is [0][7–9], [1][0–9], [2][0–3]."""
     if digits == 0:
         yield ()
         return

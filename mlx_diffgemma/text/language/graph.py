@@ -180,9 +180,9 @@ def determinize(graph: Graph, start: int, end: int, size: int) -> Table:
 
 def _parts(edges: list[Edge]) -> list[tuple[int, int, set[int]]]:
     """Overlapping edges as disjoint ranges with all of their targets."""
-    if len(edges) == 1:
-        low, high, target = edges[0]
-        return [(low, high, {target})]
+    edges = sorted(edges)
+    if all(before[1] < after[0] for before, after in pairwise(edges)):
+        return [(low, high, {target}) for low, high, target in edges]
     opening: dict[int, list[int]] = {}
     closing: dict[int, list[int]] = {}
     for low, high, target in edges:
@@ -225,7 +225,7 @@ def minimize(table: Table) -> Table:
         ids = np.append(block, -1).astype(np.int32)
         if (ids[following] == ids[following[members[block]]]).all():  # no two signatures collided
             break
-    return _ordered(ids[following[members]], table.accepting[alive][members], block[renumbered[0]], table)
+    return _ordered(ids[following[members]], table.accepting[alive][members], int(block[renumbered[0]]), table)
 
 
 class _Sources:

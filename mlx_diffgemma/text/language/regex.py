@@ -1,9 +1,9 @@
 """Python's regular expressions, the regular part: a pattern comes in, the automaton of what it matches goes out.
 
-The pattern is parsed by `re` itself, and means what `re.fullmatch(pattern, text, re.ASCII)` says: `\\d`, `\\w` and `\\s` are
-ASCII's (as in ECMA-262, and since Unicode's would take thousands of states), everything else is any character. What no
-automaton can read, or only at the price of many states, is refused by name: look-around, back references,
-conditionals, atomic groups, possessive quantifiers, word boundaries, anchors inside, and the flags i, m, L and u.
+The pattern is parsed by `re` itself, and means what `re.fullmatch(pattern, text, re.ASCII)` says: `\\d`, `\\w`, `\\s` are
+ASCII's (as in ECMA-262, and since Unicode's would take thousands of states); everything else knows all characters.
+What no automaton reads, or only with many states, is refused by name: look-around, back references, conditionals,
+atomic groups, possessive quantifiers, word boundaries, anchors inside, and the flags i, m, L and u.
 """
 
 import re
@@ -53,7 +53,8 @@ _LOOKS = {  # how each of these begins in a pattern
     "an anchor inside": r"\^|\$|\\[AZ]",
 }
 _TOKEN = re.compile(
-    r"\\[1-9][0-9]?|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?P?[a-zA-Z]*(?:<?[=!]|[>(:])?|(?:[*+?]|\{[0-9,]+\})\+?|.", re.DOTALL
+    r"\\[1-9][0-9]?|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?P?[a-zA-Z]*(?:<?[=!]|[>(:])?|(?:[*+?]|\{[0-9,]+\})\+?|.",
+    re.DOTALL,
 )
 
 
@@ -148,12 +149,12 @@ class _Drawing:
                     raise _Unsupported(name)
             self.sequence(list(body), start, end, bool((dotall or added & re.DOTALL) and not removed & re.DOTALL))
         elif kind in (op.MAX_REPEAT, op.MIN_REPEAT):
-            self.repeat(*value, start, end, dotall)
+            least, most, body = value
+            self.repeat(least, most, list(body), start, end, dotall)
         else:
             self.characters(_characters(kind, value, dotall), start, end)
 
-    def repeat(self, least: int, most: int, body: Any, start: int, end: int, dotall: bool) -> None:
-        items = list(body)
+    def repeat(self, least: int, most: int, items: list[Any], start: int, end: int, dotall: bool) -> None:
         for _ in range(least):
             following = self.graph.state()
             self.sequence(items, start, following, dotall)
@@ -196,8 +197,8 @@ def _characters(kind: Any, value: Any, dotall: bool) -> Characters:
 def _alternatives(items: list[Any]) -> Iterator[tuple[list[Any], bool, bool]]:
     """A sequence as alternatives without the anchors at their ends, and whether each is tied to the left and the
     right end; groups at an end that hold such an anchor are opened."""
-    for items, left in _untied(items, 0):
-        for rest, right in _untied(items, -1):
+    for loose, left in _untied(items, 0):
+        for rest, right in _untied(loose, -1):
             yield rest, left, right
 
 
