@@ -15,13 +15,12 @@ Way = tuple[tuple[Range, ...], ...]
 
 CODE_POINTS = 0x110000
 ANY: Characters = ((0, 0xD7FF), (0xE000, 0x10FFFF))  # surrogates are no characters: UTF-8 cannot write them
-PRINTABLE: Characters = ((0x20, 0x7E),)
 
 # How strings are written.
 PLAIN = "plain"  # UTF-8
-ESCAPED = "escaped"  # in a JSON string: raw, or with any of its escapes
-READABLE = "readable"  # the same, but printable ASCII is never written as \\uXXXX
-RAW = "raw"  # in a JSON string, without \\uXXXX
+ESCAPED = "escaped"  # in a JSON string: as it is, or with any of JSON's escapes
+USUAL = "usual"  # in a JSON string: escaped only where it must be
+SHORT = "short"  # the same, without the control characters that have no short escape
 
 _SHORT = {'"': '"', "\\": "\\", "/": "/", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t"}
 _MUST: Characters = ((0, 0x1F), (0x22, 0x22), (0x5C, 0x5C))  # what JSON strings do not hold as it is
@@ -110,12 +109,15 @@ def _ways(characters: Characters, writing: str) -> Iterator[Way]:
     if writing == PLAIN:
         yield from _utf8(characters)
         return
+    needy = intersection(characters, _MUST)
     yield from _utf8(without(characters, _MUST))
     for character, letter in _SHORT.items():
-        if intersection(characters, ((ord(character), ord(character)),)):
+        code = ord(character)
+        if intersection(characters if writing == ESCAPED else needy, ((code, code),)):
             yield (((0x5C, 0x5C),), ((ord(letter), ord(letter)),))
-    if writing != RAW:
-        yield from _unicode_escapes(without(characters, PRINTABLE) if writing == READABLE else characters)
+    if writing != SHORT:
+        shortened = union((ord(character), ord(character)) for character in _SHORT)
+        yield from _unicode_escapes(characters if writing == ESCAPED else without(needy, shortened))
 
 
 @lru_cache(maxsize=4096)
@@ -145,6 +147,15 @@ def write(graph: Graph, start: int, table: Table, writing: str, end: int) -> Non
             _insert(graph, base[state], written(tuple(ranges), writing), base[target])
         if table.accepting[state]:
             graph.jump(base[state], end)
+
+
+def spell(graph: Graph, start: int, text: str, writing: str, end: int) -> None:
+    """Draw one text."""
+    for character in text:
+        following = graph.state()
+        _insert(graph, start, written(((ord(character), ord(character)),), writing), following)
+        start = following
+    graph.jump(start, end)
 
 
 def _insert(graph: Graph, start: int, table: Table, end: int) -> None:

@@ -1,9 +1,9 @@
 """Python's regular expressions, the regular part: a pattern comes in, the automaton of what it matches goes out.
 
-The pattern is parsed by `re` itself, and means what `re.fullmatch(pattern, text, re.ASCII)` says: `\\d`, `\\w`, `\\s` are
-ASCII's (as in ECMA-262, and since Unicode's would take thousands of states); everything else knows all characters.
-What no automaton reads, or only with many states, is refused by name: look-around, back references, conditionals,
-atomic groups, possessive quantifiers, word boundaries, anchors inside, and the flags i, m, L and u.
+The pattern is parsed by `re` itself, and means what `re.fullmatch(pattern, text, re.ASCII)` says: \\d, \\w and \\s are
+ASCII's (as in ECMA-262, and since Unicode's would take thousands of states); all else knows every character. What no
+automaton reads, or only with many states, is refused by name: look-around, back references, conditionals, atomic
+groups, possessive quantifiers, word boundaries, anchors inside, and the flags i, m, L and u.
 """
 
 import re
@@ -44,7 +44,7 @@ _LOOKS = {  # how each of these begins in a pattern
     "a back reference": r"\(\?P=|\\[1-9]",
     "a conditional": r"\(\?\(",
     "an atomic group": r"\(\?>",
-    "a possessive quantifier": r"[*+?}]\+",
+    "a possessive quantifier": r"(?:[*+?]|\{[0-9,]+\})\+",
     "a word boundary": r"\\[bB]",
     "the flag i": r"\(\?[a-zA-Z]*i",
     "the flag m": r"\(\?[a-zA-Z]*m",

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
 
-from .characters import ANY, CODE_POINTS, union
-from .graph import Graph, Table, complement, intersect, smallest, too_large
+from .characters import ANY, CODE_POINTS
+from .graph import STATES, Graph, Table, complement, intersect, smallest, too_large
 from .regex import table
 
 _YEAR = r"(?:[1-9]\d{3}|0[1-9]\d\d|00[1-9]\d|000[1-9])"
@@ -29,7 +29,7 @@ FORMATS = {
 }
 
 _NUMBER = r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?"  # RFC 8259
-_DECIMAL = r"-?(?:0|[1-9]\d*)(?:\.\d+)?"  # a bounded number is written without an exponent
+_DECIMAL = r"(?:0|-?[1-9]\d*)(?:\.\d+)?|-0\.\d*[1-9]\d*"  # a bounded number has no exponent, and is not −0
 _INTEGER = r"0|-?[1-9]\d*"
 
 
@@ -68,25 +68,27 @@ def without_words(strings: Table, words: tuple[str, ...]) -> Table:
     return intersect(strings, complement(smallest(graph, start, end, CODE_POINTS)))
 
 
-def _counted(least: int, most: int | None, characters: tuple[tuple[int, int], ...] = ANY) -> Table:
-    if max(least, most or 0) > 100_000:
+@lru_cache(maxsize=64)
+def _counted(least: int, most: int | None) -> Table:
+    longest = least if most is None else most
+    if longest > STATES:
         raise too_large("a string of this length")
     graph = Graph()
     start, end = graph.state(), graph.state()
     at = start
-    for number in range(max(least, most or 0) + 1):
+    for number in range(longest + 1):
         if number >= least:
             graph.jump(at, end)
-        if number < (least if most is None else most):
+        if number < longest:
             following = graph.state()
-            for low, high in union(characters):
+            for low, high in ANY:
                 graph.edge(at, low, high, following)
             at = following
     if most is None:
         loop = graph.state()
         graph.jump(at, loop)
         graph.jump(loop, end)
-        for low, high in characters:
+        for low, high in ANY:
             graph.edge(loop, low, high, loop)
     return smallest(graph, start, end, CODE_POINTS)
 

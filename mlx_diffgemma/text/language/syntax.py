@@ -6,7 +6,6 @@ Calls look as the Gemma 4 family's template writes them and mlx-lm's parser read
 names bare, arguments sorted, no room.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +13,7 @@ from typing import Protocol
 
 from ...errors import ConfigError
 from .automaton import BYTES
-from .characters import ESCAPED, PLAIN, RAW, READABLE, write
+from .characters import ESCAPED, PLAIN, USUAL, spell, write
 from .graph import Graph, Table, intersect
 from .regex import table
 from .scalars import strings, without_text, without_words
@@ -26,17 +25,15 @@ CONTROLS = (QUOTE, TOOL_CALL, END_TOOL_CALL)
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The room that JSON text may leave, and how it may escape.
+    """The room that JSON text may leave.
 
     spaces    `": "` and `", "` besides `":"` and `","`
     indents   where an element begins or its container ends, a new line may begin, indented by one of these numbers
               of spaces a level; () keeps the text on one line
-    unicode   characters may be written as \\uXXXX, too
     """
 
     spaces: bool = True
     indents: tuple[int, ...] = (2, 4)
-    unicode: bool = True
 
     def __post_init__(self) -> None:
         if any(not 0 <= indent <= 8 for indent in self.indents):
@@ -44,9 +41,10 @@ class Layout:
 
 
 class Syntax(Protocol):
-    """What a way of writing values decides. Each method draws between two states; `level` counts open containers."""
+    """What a way of writing values decides. Each method draws between two states; `level` counts open containers,
+    `writing` is how JSON escapes."""
 
-    def string(self, start: int, strings: Table, free: bool, end: int) -> None: ...
+    def string(self, start: int, strings: Table, writing: str, end: int) -> None: ...
     def text(self, start: int, text: str, end: int) -> None: ...
     def name(self, start: int, name: str, end: int) -> None: ...
     def other_name(self, start: int, names: tuple[str, ...], end: int) -> None: ...
@@ -59,27 +57,30 @@ class Syntax(Protocol):
 class Json:
     """JSON text, RFC 8259.
 
-    Strings are raw or escaped in any way, but where a pattern or a format says which characters there are, printable
-    ASCII is not written as \\uXXXX: that would say the same in many more states.
+    Strings are escaped in any way, or not, as long as they have no maxLength, pattern or format. Those, names and
+    literals are escaped only where they must be: for every position \\uXXXX takes more states than UTF-8 itself.
     """
 
     def __init__(self, graph: Graph, layout: Layout):
         self.graph, self.layout = graph, layout
 
-    def string(self, start: int, strings: Table, free: bool, end: int) -> None:
+    def string(self, start: int, strings: Table, writing: str, end: int) -> None:
         inside, behind = self.graph.state(), self.graph.state()
         self.graph.text(start, '"', inside)
-        write(self.graph, inside, strings, (ESCAPED if free else READABLE) if self.layout.unicode else RAW, behind)
+        write(self.graph, inside, strings, writing, behind)
         self.graph.text(behind, '"', end)
 
     def text(self, start: int, text: str, end: int) -> None:
-        self.graph.text(start, json.dumps(text, ensure_ascii=False), end)
+        inside, behind = self.graph.state(), self.graph.state()
+        self.graph.text(start, '"', inside)
+        spell(self.graph, inside, text, USUAL, behind)
+        self.graph.text(behind, '"', end)
 
     def name(self, start: int, name: str, end: int) -> None:
         self.text(start, name, end)
 
     def other_name(self, start: int, names: tuple[str, ...], end: int) -> None:
-        self.string(start, without_words(strings((), (), 0, None), names), True, end)
+        self.string(start, without_words(strings((), (), 0, None), names), ESCAPED, end)
 
     def room(self, start: int, level: int, end: int) -> None:
         self.graph.jump(start, end)
@@ -111,7 +112,7 @@ class Call:
     def __init__(self, graph: Graph):
         self.graph = graph
 
-    def string(self, start: int, strings: Table, free: bool, end: int) -> None:
+    def string(self, start: int, strings: Table, writing: str, end: int) -> None:
         quote = BYTES + CONTROLS.index(QUOTE)
         inside, behind = self.graph.state(), self.graph.state()
         self.graph.edge(start, quote, quote, inside)
@@ -119,7 +120,7 @@ class Call:
         self.graph.edge(behind, quote, quote, end)
 
     def text(self, start: int, text: str, end: int) -> None:
-        self.string(start, table(re.escape(text)), False, end)
+        self.string(start, table(re.escape(text)), PLAIN, end)
 
     def name(self, start: int, name: str, end: int) -> None:
         if not re.fullmatch(r"\w+", name):

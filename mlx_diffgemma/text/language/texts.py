@@ -51,10 +51,12 @@ def choices(texts: Sequence[str]) -> Language:
     """One of `texts`. Errors: ConfigError when there is none, one is empty, or two are equal."""
     if isinstance(texts, str) or not texts:
         raise ConfigError(f"choices need a list of one text or more, got {texts!r}.")
-    for number, text in enumerate(texts):
-        if text in texts[:number]:
-            raise ConfigError(f"choices {texts.index(text) + 1} and {number + 1} are equal: {text!r}.")
-    return Language(parts=(_spelled(tuple(texts), "a choice"),))
+    spelled = _spelled(tuple(texts), "a choice")
+    first: dict[str, int] = {}
+    for number, text in enumerate(texts, 1):
+        if first.setdefault(text, number) != number:
+            raise ConfigError(f"choices {first[text]} and {number} are equal: {text!r}.")
+    return Language(parts=(spelled,))
 
 
 def free_text(*, least: int = 0, most: int | None = None) -> Language:

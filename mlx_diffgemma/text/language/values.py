@@ -14,6 +14,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from .automaton import BYTES, Language
+from .characters import ESCAPED, SHORT, USUAL
 from .graph import Graph, language
 from .scalars import numbers
 from .schema import FREE, Schema, read
@@ -94,8 +95,9 @@ class _Writer:
             if "number" in shape.kinds:
                 self.graph.insert(start, numbers(shape.whole, shape.low, shape.high), end)
             if "string" in shape.kinds:
-                free = not shape.patterns and not shape.formats
-                self.syntax.string(start, shape.strings, free, end)
+                told = shape.patterns or shape.formats
+                writing = USUAL if told else ESCAPED if shape.length[1] is None else SHORT
+                self.syntax.string(start, shape.strings, writing, end)
             if "array" in shape.kinds:
                 self.array(shape, start, end, level + 1)
             if "object" in shape.kinds:
