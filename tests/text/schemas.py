@@ -305,38 +305,49 @@ HAND: list[tuple[Any, list[Any], list[Any]]] = [
 ]
 
 
+def columns(automaton: Automaton) -> np.ndarray:
+    """The different columns of an automaton's table, int32 [S, K]."""
+    return np.stack(
+        [np.frombuffer(c, np.int32) for c in {column.tobytes() for column in automaton.transitions.T}], axis=1
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Texts of an automaton, drawn at random: an edge for each next state, then a symbol of it; after `steps` symbols
-    the nearest way to an end."""
+    """Texts of an automaton, drawn at random: one of the next states, then a symbol that leads there; after `steps`
+    symbols the nearest way to an end."""
 
     automaton: Automaton
-    distance: np.ndarray
+    ways: list[list[int]]  # the next states of each state
+    distance: list[int]  # symbols to the nearest end
 
     @classmethod
     def of(cls, automaton: Automaton) -> "Sampler":
-        following, distance = automaton.transitions, np.where(automaton.accepting, 0, -1)
-        steps = 0
-        while True:
-            steps += 1
-            near = (distance[following] == steps - 1) & (following >= 0)
-            reached = near.any(axis=1) & (distance < 0)
-            if not reached.any():
-                return cls(automaton=automaton, distance=distance)
-            distance[reached] = steps
+        ways = [sorted(set(row.tolist()) - {-1}) for row in columns(automaton)]
+        sources: list[list[int]] = [[] for _ in ways]
+        for state, targets in enumerate(ways):
+            for target in targets:
+                sources[target].append(state)
+        distance = [0 if accepting else -1 for accepting in automaton.accepting]
+        reached = [state for state, far in enumerate(distance) if far == 0]
+        for state in reached:  # grows while it is walked
+            new = [source for source in sources[state] if distance[source] < 0]
+            for source in new:
+                distance[source] = distance[state] + 1
+            reached += new
+        return cls(automaton=automaton, ways=ways, distance=distance)
 
     def draw(self, random: Random, steps: int = 60) -> bytes:
         """One text. Control symbols are written by name."""
         state, written, text = 0, 0, b""
         while True:
-            row = self.automaton.transitions[state]
-            ways = np.unique(row[row >= 0]).tolist()
+            ways = self.ways[state]
             if self.automaton.accepting[state] and (not ways or written > steps or random.random() < 0.3):
                 return text
             if written > steps:
                 ways = [way for way in ways if self.distance[way] < self.distance[state]]
             target = random.choice(ways)
-            symbol = random.choice(np.flatnonzero(row == target).tolist())
+            symbol = random.choice(np.flatnonzero(self.automaton.transitions[state] == target).tolist())
             text += bytes([symbol]) if symbol < 256 else self.automaton.controls[symbol - 256].encode()
             state, written = target, written + 1
 

@@ -161,7 +161,7 @@ def determinize(graph: Graph, start: int, end: int, size: int) -> Table:
         if (known := numbers.get(subset)) is None:
             known = numbers[subset] = len(subsets)
             subsets.append(subset)
-            if known > 3 * STATES:
+            if known > 2 * STATES:
                 raise too_large()
         return known
 
@@ -329,7 +329,7 @@ def intersect(first: Table, second: Table) -> Table:
         rows.append(pairs)
         frontier = [p for p in np.unique(pairs).tolist() if p >= 0 and p not in numbers]
         numbers |= {p: len(numbers) + k for k, p in enumerate(frontier)}
-        if len(numbers) > 3 * STATES:
+        if len(numbers) > 2 * STATES:
             raise too_large()
     codes = np.array(list(numbers))
     order = np.argsort(codes)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
 
+import numpy as np
+
 from .characters import ANY, CODE_POINTS
 from .graph import STATES, Graph, Table, complement, intersect, smallest, too_large
 from .regex import table
@@ -24,7 +26,7 @@ FORMATS = {
     "time": _TIME,  # with the offset that RFC 3339 asks for; no leap seconds
     "date-time": f"{_DATE}T{_TIME}",
     "uuid": r"[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}",
-    "email": rf"{_ATOM}(?:\.{_ATOM})*@{_LABEL}(?:\.{_LABEL})+",
+    "email": rf"{_ATOM}(?:\.{_ATOM})*@{_LABEL}(?:\.{_LABEL})*",
     "ipv4": rf"{_OCTET}(?:\.{_OCTET}){{3}}",
 }
 
@@ -68,29 +70,19 @@ def without_words(strings: Table, words: tuple[str, ...]) -> Table:
     return intersect(strings, complement(smallest(graph, start, end, CODE_POINTS)))
 
 
-@lru_cache(maxsize=64)
 def _counted(least: int, most: int | None) -> Table:
+    """Strings of `least` to `most` characters: a state for each number of them."""
     longest = least if most is None else most
     if longest > STATES:
         raise too_large("a string of this length")
-    graph = Graph()
-    start, end = graph.state(), graph.state()
-    at = start
-    for number in range(longest + 1):
-        if number >= least:
-            graph.jump(at, end)
-        if number < longest:
-            following = graph.state()
-            for low, high in ANY:
-                graph.edge(at, low, high, following)
-            at = following
-    if most is None:
-        loop = graph.state()
-        graph.jump(at, loop)
-        graph.jump(loop, end)
-        for low, high in ANY:
-            graph.edge(loop, low, high, loop)
-    return smallest(graph, start, end, CODE_POINTS)
+    following = np.append(np.arange(1, longest + 1), longest if most is None else -1)
+    surrogates = np.full(longest + 1, -1)
+    return Table(
+        starts=np.array([0, 0xD800, 0xE000], np.int64),
+        next=np.stack([following, surrogates, following], axis=1).astype(np.int32),
+        accepting=np.arange(longest + 1) >= least,
+        size=CODE_POINTS,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
