@@ -113,14 +113,13 @@ class Call:
         self.graph = graph
 
     def string(self, start: int, strings: Table, writing: str, end: int) -> None:
-        quote = BYTES + CONTROLS.index(QUOTE)
-        inside, behind = self.graph.state(), self.graph.state()
-        self.graph.edge(start, quote, quote, inside)
+        inside, behind = self._quoted(start, end)
         write(self.graph, inside, intersect(strings, _sayable()), PLAIN, behind)
-        self.graph.edge(behind, quote, quote, end)
 
     def text(self, start: int, text: str, end: int) -> None:
-        self.string(start, table(re.escape(text)), PLAIN, end)
+        inside, behind = self._quoted(start, end)
+        if _sayable().accepts(map(ord, text)):
+            self.graph.text(inside, text, behind)
 
     def name(self, start: int, name: str, end: int) -> None:
         if not re.fullmatch(r"\w+", name):
@@ -141,6 +140,14 @@ class Call:
 
     def order(self, names: list[str]) -> list[str]:
         return sorted(names, key=str.lower)  # as the template's dictsort has shown them to the model
+
+    def _quoted(self, start: int, end: int) -> tuple[int, int]:
+        """The states behind the opening quote and before the closing one."""
+        quote = BYTES + CONTROLS.index(QUOTE)
+        inside, behind = self.graph.state(), self.graph.state()
+        self.graph.edge(start, quote, quote, inside)
+        self.graph.edge(behind, quote, quote, end)
+        return inside, behind
 
 
 @lru_cache(maxsize=1)
