@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
+from functools import reduce
 from random import Random
 from typing import Any
 
@@ -216,6 +217,8 @@ def test_recursion_ends_at_its_depth() -> None:
         chain, free = automaton(CHAIN, depth=depth), any_json(depth=depth).parts[0]
         assert isinstance(free, Automaton)
         assert chain.accepts(nested(depth)) and not chain.accepts(nested(depth + 1))
+        assert any_json(depth=depth).notes == (f"what the schema leaves open nests at most {depth} deep",)
+        assert json_schema(CHAIN, depth=depth).notes == (f"# stands inside itself at most {depth} deep",)
         assert free.accepts("[" * depth + "]" * depth) and not free.accepts("[" * (depth + 1) + "]" * (depth + 1))
     endless = {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"]}
     with pytest.raises(ConfigError, match=r"nothing satisfies.*\nRecursion deeper than 4 is cut"):
@@ -276,7 +279,14 @@ def test_pydantic_models_are_schemas() -> None:
         ({"anyOf": [{"a/b": 1}]}, "schema at #/anyOf/0: the keyword 'a/b'"),
         ({"type": "text"}, 'array, object, integer, or a list of them, got "text".'),
         ({"type": []}, "schema at #/type: expected"),
-        ({"enum": []}, "schema at #/enum: expected a list of one value or more"),
+        ({"enum": []}, "schema at #/enum: expected a list of one JSON value or more"),
+        ({"const": float("inf")}, "schema at #/const: expected a JSON value, got Infinity."),
+        ({"enum": [[{1: 2}]]}, "schema at #/enum: expected a list of one JSON value or more"),
+        ({"properties": {1: {}}}, "schema at #/properties: expected an object of schemas"),
+        (
+            reduce(lambda inner, _: {"anyOf": [inner]}, range(500), STRING),
+            "the schema nests deeper than can be written.",
+        ),
         ({"minLength": -1}, "schema at #/minLength: expected a whole number, 0 or more, got -1."),
         ({"maxItems": 1.5}, "schema at #/maxItems: expected a whole number"),
         ({"maximum": True}, "schema at #/maximum: expected a number"),

@@ -75,13 +75,15 @@ Part = Automaton | Spelled
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Language:
-    """The texts made of one text of each part, in order."""
+    """The texts made of one text of each part, in order. `notes`: what it leaves out of what was asked for, in words,
+    such as recursion beyond its depth."""
 
     parts: tuple[Part, ...]
+    notes: tuple[str, ...] = ()
 
     def __add__(self, other: "Language") -> "Language":
         """This language's texts, each followed by one of the other's."""
-        return Language(parts=self.parts + other.parts)
+        return Language(parts=self.parts + other.parts, notes=tuple(dict.fromkeys(self.notes + other.notes)))
 
     @cached_property
     def digest(self) -> str:

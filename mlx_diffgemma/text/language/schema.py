@@ -28,6 +28,7 @@ from .shapes import (
     between,
     common,
     highest,
+    is_json,
     kind_of,
     lowest,
     merged,
@@ -68,6 +69,7 @@ class Schema:
             raise ConfigError(f"depth must be 1 or more, got {depth}.")
         self.root, self.depth = root, depth
         self.unfit: list[str] = []  # paths at which no value fits
+        self.notes: dict[str, None] = {}  # what was cut, in words
         self._known: dict[tuple[str, tuple[str, ...]], list[Shape]] = {}
 
     def alternatives(self, wanted: Wanted) -> list[Shape]:
@@ -98,7 +100,8 @@ class Schema:
     def _alternatives(self, place: Place) -> list[Shape]:
         schema = place.schema
         if isinstance(schema, bool) or schema == {}:
-            ended = place.trail.count(FREE) >= self.depth
+            if ended := place.trail.count(FREE) >= self.depth:
+                self.notes[f"what the schema leaves open nests at most {self.depth} deep"] = None
             kinds = frozenset(KINDS) - ({"array", "object"} if ended else set())
             return [] if schema is False else [Shape(kinds=kinds, trail=place.trail)]
         _check(schema, place.path)
@@ -123,6 +126,7 @@ class Schema:
         if reference != "#" and not reference.startswith("#/"):
             raise _wrong(place.path, f"$ref {reference!r} cannot be followed: only '#' and '#/…' can")
         if place.trail.count(reference) >= self.depth:
+            self.notes[f"{reference} stands inside itself at most {self.depth} deep"] = None
             return []
         target = self.root
         for step in reference.split("/")[1:]:
@@ -256,10 +260,10 @@ _CHECKS: dict[str, _Check] = {
         lambda v: v in _TYPES if isinstance(v, str) else isinstance(v, list) and len(v) > 0 and set(v) <= set(_TYPES),
         f"one of {', '.join(_TYPES)}, or a list of them",
     ),
-    "enum": (lambda v: isinstance(v, list) and len(v) > 0, "a list of one value or more"),
-    "const": (lambda v: True, ""),
+    "enum": (lambda v: isinstance(v, list) and len(v) > 0 and is_json(v), "a list of one JSON value or more"),
+    "const": (is_json, "a JSON value"),
     "nullable": (lambda v: isinstance(v, bool), "true or false"),
-    "properties": (lambda v: isinstance(v, Mapping), "an object of schemas"),
+    "properties": (lambda v: isinstance(v, Mapping) and all(isinstance(n, str) for n in v), "an object of schemas"),
     "required": (lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v), "a list of names"),
     "additionalProperties": _SCHEMA,
     "items": _SCHEMA,

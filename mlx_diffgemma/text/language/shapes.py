@@ -1,12 +1,12 @@
 """What a schema asks of a value: `Shape`, one alternative of it, kind by kind; and what two of them ask together."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
-from ...errors import ConfigError
 from .graph import Table
 from .scalars import Bound, strings
 
@@ -62,14 +62,21 @@ class Shape:
         return strings(self.patterns, self.formats, *self.length)
 
 
+def is_json(value: Any) -> bool:
+    """Whether JSON can hold a value: not NaN, and no Python objects of other types."""
+    if isinstance(value, list):
+        return all(map(is_json, value))
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and is_json(member) for name, member in value.items())
+    return value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+
+
 def kind_of(value: Any) -> str:
-    """The kind of a JSON value. Errors: ConfigError when it is none."""
+    """The kind of a JSON value."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else "boolean"
-    for kind, types in (("number", (int, float)), ("string", str), ("array", list), ("object", dict)):
-        if isinstance(value, types):
-            return kind
-    raise ConfigError(f"{value!r} is no JSON value.")
+    types = {"number": int | float, "string": str, "array": list, "object": dict}
+    return next(kind for kind, of in types.items() if isinstance(value, of))
 
 
 def key(value: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ...errors import ConfigError
 from .automaton import BYTES
-from .characters import ESCAPED, PLAIN, USUAL, spell, write
+from .characters import ESCAPED, PLAIN, SHORT, USUAL, spell, write
 from .graph import Graph, Table, intersect
 from .regex import table
 from .scalars import strings, without_text, without_words
@@ -80,7 +80,8 @@ class Json:
         self.text(start, name, end)
 
     def other_name(self, start: int, names: tuple[str, ...], end: int) -> None:
-        self.string(start, without_words(strings((), (), 0, None), names), ESCAPED, end)
+        writing = SHORT if names else ESCAPED  # escaped letters of the names would take states of their own
+        self.string(start, without_words(strings((), (), 0, None), names), writing, end)
 
     def room(self, start: int, level: int, end: int) -> None:
         self.graph.jump(start, end)

@@ -9,6 +9,7 @@ deep. So every text is a value that the schema allows; not every such value can 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -33,8 +34,9 @@ def json_schema(schema: Any, *, layout: Layout | None = None, depth: int = DEPTH
     """
     reader, graph = Schema(read(schema), depth=depth), Graph()
     start, end = graph.state(), graph.state()
-    _Writer(reader, graph, Json(graph, layout or Layout())).value(reader.top(), start, end, 0)
-    return language(graph, start, end, empty=_nothing("the JSON schema", reader))
+    _write(reader, Json(graph, layout or Layout()), graph, reader.top(), start, end)
+    found = language(graph, start, end, empty=_nothing("the JSON schema", reader))
+    return replace(found, notes=tuple(reader.notes))
 
 
 def any_json(*, layout: Layout | None = None, depth: int = DEPTH) -> Language:
@@ -55,6 +57,7 @@ def tool_call(functions: Sequence[Mapping[str, Any]], *, depth: int = DEPTH) -> 
     opens, closes = (BYTES + CONTROLS.index(control) for control in (TOOL_CALL, END_TOOL_CALL))
     graph.edge(start, opens, opens, opened)
     graph.edge(closing, closes, closes, end)
+    notes: dict[str, None] = {}
     for function in functions:
         function = function.get("function", function)
         name, parameters = function.get("name"), function.get("parameters") or {"properties": {}}
@@ -62,11 +65,20 @@ def tool_call(functions: Sequence[Mapping[str, Any]], *, depth: int = DEPTH) -> 
             raise ConfigError(f"the function {name!r} cannot be called: a name is letters, digits, _ and -.")
         reader, named = Schema(read(parameters), depth=depth), graph.state()
         graph.text(opened, f"call:{name}", named)
-        arguments = (*reader.top(), Place(schema={"type": "object"}, path="#"))
-        _Writer(reader, graph, Call(graph)).value(arguments, named, closing, 0)
+        arguments = (*reader.top(), Place(schema={"type": "object"}, path="(arguments)"))
+        _write(reader, Call(graph), graph, arguments, named, closing)
         if not reader.alternatives(arguments):
             raise ConfigError(_nothing(f"the parameters of {name}", reader))
-    return language(graph, start, end, CONTROLS, empty="no arguments satisfy the parameters of any function.")
+        notes |= {f"{name}: {note}": None for note in reader.notes}
+    found = language(graph, start, end, CONTROLS, empty="no arguments satisfy the parameters of any function.")
+    return replace(found, notes=tuple(notes))
+
+
+def _write(reader: Schema, syntax: Syntax, graph: Graph, wanted: Wanted, start: int, end: int) -> None:
+    try:
+        _Writer(reader, graph, syntax).value(wanted, start, end, 0)
+    except RecursionError as error:
+        raise ConfigError("the schema nests deeper than can be written.\nLess depth may help.") from error
 
 
 def _nothing(what: str, reader: Schema) -> str:
