@@ -97,6 +97,8 @@ def test_a_text_with_holes_is_pins_and_holes_in_order() -> None:
             lambda: tool_call([{"name": "a.b"}]),
             "the function 'a.b' cannot be called: a name is letters, digits, _ and -.",
         ),
+        (lambda: tool_call(["f"]), "a function is an object with a name and parameters, got 'f'."),
+        (lambda: tool_call([{"function": 3}]), "a function is an object"),
         (lambda: tool_call([{"parameters": {}}]), "the function None cannot be called"),
         (
             lambda: tool_call([{"name": "f", "parameters": {"properties": {"a-b": {}}}}]),

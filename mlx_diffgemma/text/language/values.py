@@ -59,11 +59,13 @@ def tool_call(functions: Sequence[Mapping[str, Any]], *, depth: int = DEPTH) -> 
     graph.edge(closing, closes, closes, end)
     notes: dict[str, None] = {}
     for function in functions:
-        function = function.get("function", function)
-        name, parameters = function.get("name"), function.get("parameters") or {"properties": {}}
+        inner = function.get("function", function) if isinstance(function, Mapping) else function
+        if not isinstance(inner, Mapping):
+            raise ConfigError(f"a function is an object with a name and parameters, got {function!r:.60}.")
+        name, parameters = inner.get("name"), inner.get("parameters")
         if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
             raise ConfigError(f"the function {name!r} cannot be called: a name is letters, digits, _ and -.")
-        reader, named = Schema(read(parameters), depth=depth), graph.state()
+        reader, named = Schema(read(parameters or {"properties": {}}), depth=depth), graph.state()
         graph.text(opened, f"call:{name}", named)
         arguments = (*reader.top(), Place(schema={"type": "object"}, path="(arguments)"))
         _write(reader, Call(graph), graph, arguments, named, closing)
