@@ -28,6 +28,7 @@ class GenerationOptions(TypedDict, total=False):
     canvas_length: int | None
     greedy: bool
     avoid_empty: bool
+    free_signal: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class GenerationConfig:
     """How to generate. The defaults are transformers' (DiffusionGemmaGenerationConfig), the checkpoint's
     `generation_config.json` comes over them, and what the caller names over both.
 
-    Exact unless one of the last three is set: those depart from the reference and are reported in the
+    Exact unless one of the last four is set: those depart from the reference and are reported in the
     statistics of every result.
     """
 
@@ -55,6 +56,7 @@ class GenerationConfig:
     canvas_length: int | None = None  # tokens; shorter canvases than the model's, for short answers
     greedy: bool = False  # the guess is the best token: no draw
     avoid_empty: bool = False  # no stop id at position 0 of the first canvas, in the signal too
+    free_signal: bool = False  # under a constraint the next step is shown the distribution without it
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "max_denoising_steps", "prefill_step_size"):
@@ -108,5 +110,5 @@ class GenerationConfig:
     @property
     def departures(self) -> dict[str, Any]:
         """The options in force that make a run differ from the reference algorithm."""
-        named = {"canvas_length": self.canvas_length, "greedy": self.greedy, "avoid_empty": self.avoid_empty}
-        return {name: value for name, value in named.items() if value}
+        named = ("canvas_length", "greedy", "avoid_empty", "free_signal")
+        return {name: value for name in named if (value := getattr(self, name))}
