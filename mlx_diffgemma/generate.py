@@ -11,6 +11,7 @@ import click
 from .cli import Number, command, generation_options, model_options, open_model
 from .disk import existing_file, new_file, reason
 from .errors import PromptError
+from .obeying import Obeying, obeying_options
 from .readers import decoded, parse_json, read_bytes
 
 if TYPE_CHECKING:
@@ -37,13 +38,22 @@ if TYPE_CHECKING:
 @click.option("--record", metavar="FILE", help="Save what the canvas did as .svg, .html or .cast.")
 @click.option("--pace", type=Number(0), metavar="SECONDS", help="Stay so long at every step.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the reply and nothing else.")
+@obeying_options
 @generation_options
-def main(source: dict[str, Any], options: dict[str, Any], text: str | None, prompt: str | None, **wanted: Any) -> None:
+def main(
+    source: dict[str, Any],
+    options: dict[str, Any],
+    obeying: dict[str, Any],
+    text: str | None,
+    prompt: str | None,
+    **wanted: Any,
+) -> None:
     """Write a reply to a prompt: TEXT, --prompt, or what is piped in. On a terminal the canvas is shown as it settles;
     a pipe gets the bare text. Without a prompt and a model, the built-in one shows what it can do."""
     if text is not None and prompt is not None:
         raise click.UsageError("the prompt is there twice: as an argument and as --prompt.")
-    Reply(source=source, options=options, prompt=prompt if text is None else text, **wanted).give()
+    prompt = prompt if text is None else text
+    Reply(source=source, options=options, obeying=Obeying(**obeying), prompt=prompt, **wanted).give()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +63,7 @@ class Reply:
 
     source: dict[str, Any]
     options: dict[str, Any]
+    obeying: Obeying
     prompt: str | None
     messages: str | None
     system_prompt: str | None
@@ -84,15 +95,17 @@ class Reply:
     def give(self) -> None:
         asked = self._asked()
         recording = self._recording()  # before the model is loaded: it refuses bad names
-        if asked is None and self.talkative and not (self.noise or self.save_noise):
+        filling = self.obeying.is_filling
+        self.obeying.check()
+        if asked is None and not filling and self.talkative and not (self.noise or self.save_noise):
             Demo(self, recording).show()
             return
         model = open_model(self.source, quiet=not self.talkative)
-        if asked is None:
+        if asked is None and not filling:
             from .terminal.scenes import SUDOKU
 
             asked = [{"role": "user", "content": SUDOKU.prompt}]
-        if recording:
+        if recording and asked:
             recording.commit(_shown(asked[-1]) + "\n\n")
         request, pace = self.request(model, asked), self._pace()
         recorder = request.record() if self.save_noise else None
@@ -103,14 +116,15 @@ class Reply:
             recorder.save(file, prompt=asked, settings=settings, seed=result.seed, tuning=tuning)
         self._conclude(result)
 
-    def request(self, model: "DiffusionGemma", asked: "list[Message]", **options: Any) -> "Request":
+    def request(self, model: "DiffusionGemma", asked: "list[Message] | None", **options: Any) -> "Request":
         """The run for these messages, checked."""
         from .generation.noise import RecordedNoise
 
-        chosen: dict[str, Any] = {**options, **self.options, "enable_thinking": self.thinking}
+        chosen: dict[str, Any] = {**options, **self.options}
         if self.noise is not None:
             chosen["noise"] = RecordedNoise.load(existing_file(self.noise, "--noise"))
-        return model.prepare(asked, sanitize_control_tokens=self.sanitize_control_tokens, **chosen)
+        template = {"enable_thinking": self.thinking, "sanitize_control_tokens": self.sanitize_control_tokens}
+        return self.obeying.request(model, asked, template=template, run_options=chosen)
 
     def run(self, model: "DiffusionGemma", request: "Request", pace: "Pace", recording: "Recording | None") -> "Result":
         """Generate, and show it."""
@@ -157,7 +171,8 @@ class Reply:
         prompt = self.prompt
         if prompt is None and self.messages is None:
             prompt = _piped()
-            if prompt is None and "model" not in self.source and self.system_prompt is None:
+            demo = "model" not in self.source or self.obeying.is_filling
+            if prompt is None and demo and self.system_prompt is None:
                 return None
         return conversation(prompt, self.messages, self.system_prompt)
 

@@ -115,10 +115,9 @@ class RecordedNoise:
         """Read a file written by `NoiseRecorder.save` or by convert/record_reference.py. Errors: NoiseError."""
         try:
             with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-<<<<<<< HEAD
                 if lacking := {"canvas", "draws", "ids"} - set(file.files):
                     raise NoiseError(f"{path} is no recording of noise: it has no {', '.join(sorted(lacking))}.")
-                return cls(file["canvas"], file["draws"], file["ids"], name=str(path))
+                return cls(file["canvas"], file["draws"], file["ids"], file.get("path"), name=str(path))
         except OSError as error:
             raise NoiseError(f"{path} cannot be read: {reason(error)}.") from error
         except (ValueError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -130,6 +129,7 @@ class RecordedNoise:
             ("canvas", self._canvas, "iu"),
             ("ids", self._ids, "iu"),
             ("draws", self._draws, "f"),
+            *([] if self._path is None else [("path", self._path, "f")]),
         ):
             if array.dtype.kind not in kinds:
                 raise NoiseError(f"{self.name}: {name} holds {array.dtype}, expected {_WORDS[kinds]}.")
@@ -140,11 +140,6 @@ class RecordedNoise:
                     f"{self.name}: {name} holds {array.min()} … {array.max()}, expected {expected}.\n"
                     "It was recorded with another model, or is damaged."
                 )
-=======
-                return cls(file["canvas"], file["draws"], file["ids"], file.get("path"), name=str(path))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise NoiseError(f"{path}: not a readable recording of noise: {error}.") from error
->>>>>>> constraint
 
     @property
     def batch_size(self) -> int:
