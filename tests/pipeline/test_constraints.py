@@ -9,6 +9,7 @@ import jsonschema
 import mlx.core as mx
 import pytest
 
+from benchmarks import obey
 from mlx_diffgemma import Hole, Language, choices, literal, load, regex
 from mlx_diffgemma.errors import ConfigError, PromptError, TokenizerError
 from mlx_diffgemma.files.shipped import BUILT_IN
@@ -316,3 +317,13 @@ def test_what_cannot_be_edited_is_refused(
 def test_an_empty_language_part_is_no_constraint_of_its_own(model: DiffusionGemma) -> None:
     [made] = model.prepare("Hi", constraint=Language(parts=())).constraints
     assert made is not None and made.constraint.fewest == 0
+
+
+@pytest.mark.parametrize("kind", ["noised", "random"])
+def test_random_schemas_and_texts_are_obeyed(kind: str, tmp_path: Path) -> None:
+    """A dozen of what `python -m benchmarks.obey schemas` runs by the hundred; it raises where one is broken."""
+    noised = kind == "noised"
+    spoilt = (
+        obey.noised(load(BUILT_IN), obey.NOISE, 1) if noised else small.model(tmp_path, branches=1.0, sharpness=1.0)
+    )
+    assert obey.held(spoilt, 6, 3, steps=2).startswith("6 of 6 schemas valid and ended")
