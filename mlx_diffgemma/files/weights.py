@@ -8,12 +8,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..disk import replacing_folder
+from ..disk import replacing_folder, visible
 from ..errors import CheckpointError, ConfigError
 from ..model.network import Network, leaves
 from ..model.table import unpacked_dtype
 from .checkpoint import Checkpoint, open_checkpoint, side_files
-from .layout import is_vision
+from .folder import read_tensors
+from .layout import find_rule, is_vision
 from .quantization import Quantization, dequantize
 from .shards import Tensor, write_tensors
 
@@ -133,7 +134,7 @@ def write_model(network: Network, source: Path, folder: Path) -> None:
     for name, weight in found.items():
         stacked = ".experts." in name and name.replace(".weight", ".scales") not in found
         weights["model." + (name.removesuffix(".weight") if stacked else name)] = weight
-    vision = {name: tensor for name, tensor in open_checkpoint(source).tensors.items() if is_vision(name)}
+    vision = _vision(source)
     files = {file: cast(dict[str, mx.array], mx.load(str(file))) for file in {t.file for t in vision.values()}}
     weights |= {name: files[tensor.file][tensor.name] for name, tensor in vision.items()}
     with replacing_folder(folder) as made:
@@ -141,6 +142,12 @@ def write_model(network: Network, source: Path, folder: Path) -> None:
         for name in (Path("config.json"), *side_files(source)):
             (made / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, made / name)
+
+
+def _vision(source: Path) -> dict[str, Tensor]:
+    """The vision tower's tensors in a folder, under their pack names; it may hold nothing else, or not even them."""
+    found = read_tensors(source) if visible(source, "*.safetensors") else {}
+    return {target: tensor for name, tensor in found.items() if is_vision(target := find_rule(name)[1])}
 
 
 def check_apart(folder: Path, source: Path) -> None:
