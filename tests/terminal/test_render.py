@@ -249,6 +249,14 @@ def test_certainty_decides_how_a_position_looks() -> None:
     assert len(seen["noise"]) == len(" the") and "the" not in seen["noise"]
 
 
+def test_what_is_pinned_looks_pinned_from_the_first_step_on() -> None:
+    painter = Painter(decode)
+    a, b = VOCABULARY.index(" the"), VOCABULARY.index(" noise")
+    cells = painter.cells([a, a, b], [b] * 3, [False, True, False], [2.0, 0.0, 2.0], [True, False, False])
+    assert [style for _, _, style in cells] == ["pinned"] * 4 + [""] * 4 + ["noise"] * 6
+    assert "".join(text for text, _, style in cells if style == "pinned") == " the"
+
+
 def test_no_line_is_wider_than_the_window() -> None:
     rng = random.Random(1)
     for columns in (3, 10, 40):
