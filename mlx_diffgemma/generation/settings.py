@@ -29,6 +29,7 @@ class GenerationOptions(TypedDict, total=False):
     canvas_length: int | None
     greedy: bool
     avoid_empty: bool
+    free_signal: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class GenerationConfig:
     """How to generate. The defaults are transformers' (DiffusionGemmaGenerationConfig), the checkpoint's
     `generation_config.json` comes over them, and what the caller names over both.
 
-    Exact unless one of the last three is set: those depart from the reference and are reported in the
+    Exact unless one of the last four is set: those depart from the reference and are reported in the
     statistics of every result.
     """
 
@@ -57,6 +58,7 @@ class GenerationConfig:
     canvas_length: int | None = None  # tokens; shorter canvases than the model's, for short answers
     greedy: bool = False  # the guess is the best token: no draw
     avoid_empty: bool = False  # no stop id at position 0 of the first canvas, in the signal too
+    free_signal: bool = False  # under a constraint the next step is shown the distribution without it
 
     def __post_init__(self) -> None:
         for option in OPTIONS.fields:
@@ -93,8 +95,8 @@ class GenerationConfig:
     @property
     def departures(self) -> dict[str, Any]:
         """The options in force that make a run differ from the reference algorithm."""
-        named = {"canvas_length": self.canvas_length, "greedy": self.greedy, "avoid_empty": self.avoid_empty}
-        return {name: value for name, value in named.items() if value}
+        named = ("canvas_length", "greedy", "avoid_empty", "free_signal")
+        return {name: value for name in named if (value := getattr(self, name))}
 
 
 # --------------------------------------------------------------------------------------------------- what is allowed
@@ -116,6 +118,7 @@ OPTIONS = Table(
     Field("canvas_length", optional(integer(least=1, most=1 << 20))),
     Field("greedy", flag),
     Field("avoid_empty", flag),
+    Field("free_signal", flag),
 )
 _KINDS = {option.name: option.kind for option in OPTIONS.fields}
 RENAMED = {"max_new_tokens": "max_tokens"}  # the file's word → ours
