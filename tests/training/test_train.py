@@ -185,7 +185,7 @@ def test_the_tools_of_a_conversation_are_in_its_prompt(tmp_path: Path) -> None:
         ('{"text": "a"}', "messages"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "by the assistant"),
         ('{"prompt": "a"}', "completion"),
-        ('{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}', "not both text"),
+        ('{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}', "expected text"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
