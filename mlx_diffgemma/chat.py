@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import command, generation_options, model_options, open_model
+from .cli import Option, command, generation_options, model_options, open_model, run_options
 from .disk import new_file, reason, replacing
 from .errors import DiffGemmaError
 
@@ -19,9 +19,15 @@ if TYPE_CHECKING:
 @command("chat")
 @model_options
 @click.option("--system-prompt", metavar="TEXT", help="Goes before the conversation.")
-@click.option("--thinking/--no-thinking", default=None, help="Ask the chat template for thinking, or for none.")
+@click.option("--thinking/--no-thinking", default=None, help="Ask for thinking, or for none.")
 @click.option("--show-thinking", is_flag=True, help="Print the thoughts before each answer.")
-@click.option("--sanitize-control-tokens", is_flag=True, help="Control tokens in what you type are plain text.")
+@click.option(
+    "--sanitize-control-tokens",
+    cls=Option,
+    section="Prompt",
+    is_flag=True,
+    help="Control tokens in what you type are plain text.",
+)
 @generation_options
 def main(
     source: dict[str, Any],
@@ -33,7 +39,7 @@ def main(
 ) -> None:
     """Talk with the model. /help lists what else can be typed; Ctrl-C stops an answer, Ctrl-D ends the talk."""
     loaded = open_model(source)
-    options |= {"enable_thinking": thinking} if thinking is not None else {}
+    options = run_options(loaded, options) | ({"enable_thinking": thinking} if thinking is not None else {})
     options |= {"sanitize_control_tokens": True} if sanitize_control_tokens else {}
     talk = Talk(loaded, system_prompt, options, show_thinking=show_thinking)
     name = source.get("model", "The built-in model")

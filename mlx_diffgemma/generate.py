@@ -1,19 +1,23 @@
-"""`mlx_diffgemma.generate`: a reply to one prompt, on a live canvas, as bare text or as JSON; without one, the demo."""
+"""`mlx_diffgemma.generate`: a reply to a prompt, on a live canvas, as text or JSON; to a file of prompts; the demo."""
 
 import dataclasses
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import Number, command, generation_options, model_options, open_model
+from .cli import Number, Option, command, generation_options, model_options, open_model, run_options
 from .disk import existing_file, new_file, reason
 from .errors import PromptError
+from .obeying import Obeying, obeying_options
 from .readers import decoded, parse_json, read_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .pipeline.model import DiffusionGemma, Request
     from .pipeline.results import Result
     from .terminal.recording import Recording
@@ -21,29 +25,61 @@ if TYPE_CHECKING:
     from .text.gate import Message
 
 
+_prompt_option = partial(click.option, cls=Option, section="Prompt")
+_output_option = partial(click.option, cls=Option, section="Output")
+_noise_option = partial(click.option, cls=Option, section="Noise")
+_offline_option = partial(click.option, cls=Option, section="A file of prompts")
+
+
 @command("generate")
 @model_options
 @click.argument("text", required=False)
-@click.option("-p", "--prompt", metavar="TEXT|@FILE|-", help="The prompt: text, a file's content, or standard input.")
-@click.option("--messages", metavar="FILE.json", help='A conversation instead: [{"role": …, "content": …}, …].')
-@click.option("--system-prompt", metavar="TEXT", help="Goes before the prompt.")
-@click.option("--thinking/--no-thinking", default=None, help="Ask the chat template for thinking, or for none.")
-@click.option("--show-thinking", is_flag=True, help="Print the thoughts before the answer.")
-@click.option("--sanitize-control-tokens", is_flag=True, help="Control tokens in the prompt are plain text.")
-@click.option("--json", "form", flag_value="json", help="Print one JSON object: text, ids, steps, timings, seed, …")
-@click.option("--events", "form", flag_value="events", help="Print one JSON line for each event as it happens.")
-@click.option("--noise", metavar="FILE", help="Repeat a run from the noise it saved, on any machine.")
-@click.option("--save-noise", metavar="FILE", help="Save the noise of this run.")
-@click.option("--record", metavar="FILE", help="Save what the canvas did as .svg, .html or .cast.")
-@click.option("--pace", type=Number(0), metavar="SECONDS", help="Stay so long at every step.")
+@click.option("-p", "--prompt", metavar="TEXT|@FILE|-", help="Text, a file's content, or stdin.")
+@_prompt_option("--messages", metavar="FILE.json", help='A conversation instead: [{"role": …, "content": …}, …].')
+@_prompt_option("--system-prompt", metavar="TEXT", help="Goes before the prompt.")
+@_prompt_option("--thinking/--no-thinking", default=None, help="Ask for thinking, or for none.")
+@_output_option("--show-thinking", is_flag=True, help="Print the thoughts before the answer.")
+@_prompt_option("--sanitize-control-tokens", is_flag=True, help="Control tokens in the prompt are plain text.")
+@click.option("--json", "form", flag_value="json", help="One JSON object: text, ids, timings, …")
+@_output_option("--events", "form", flag_value="events", help="One JSON line for each event.")
+@_noise_option("--noise", metavar="FILE", help="Repeat a run from the noise it saved, on any machine.")
+@_noise_option("--save-noise", metavar="FILE", help="Save the noise of this run.")
+@click.option("--record", metavar="FILE", help="Save the canvas as .svg, .html or .cast.")
+@_output_option("--pace", type=Number(0), metavar="SECONDS", help="Stay so long at every step.")
+@_offline_option("--input", "input_file", metavar="FILE.jsonl", help='A prompt a line: {"prompt": …, "id": …}.')
+@_offline_option("--output", metavar="FILE.jsonl", help="The replies, a line each; a killed run goes on from here.")
+@_offline_option("--batch-size", type=click.IntRange(1), metavar="N", help="Prompts at a time.  [default: 8]")
 @click.option("-q", "--quiet", is_flag=True, help="Print the reply and nothing else.")
+@obeying_options
 @generation_options
-def main(source: dict[str, Any], options: dict[str, Any], text: str | None, prompt: str | None, **wanted: Any) -> None:
+def main(
+    source: dict[str, Any],
+    options: dict[str, Any],
+    obeying: dict[str, Any],
+    text: str | None,
+    prompt: str | None,
+    input_file: str | None,
+    output: str | None,
+    batch_size: int | None,
+    **wanted: Any,
+) -> None:
     """Write a reply to a prompt: TEXT, --prompt, or what is piped in. On a terminal the canvas is shown as it settles;
     a pipe gets the bare text. Without a prompt and a model, the built-in one shows what it can do."""
     if text is not None and prompt is not None:
         raise click.UsageError("the prompt is there twice: as an argument and as --prompt.")
-    Reply(source=source, options=options, prompt=prompt if text is None else text, **wanted).give()
+    wanted["prompt"] = prompt if text is None else text
+    if input_file is not None:
+        if output is None:
+            raise click.UsageError("--input needs --output: where the replies go.")
+        if obeying:
+            name = next(iter(obeying)).replace("_", "-")
+            raise click.UsageError(f"--{name} is for a single prompt: with --input it would do nothing.")
+        Offline(source=source, options=options, **_for_a_file(wanted)).run(input_file, output, batch_size)
+        return
+    for name, value in (("--output", output), ("--batch-size", batch_size)):
+        if value is not None:
+            raise click.UsageError(f"{name} goes with --input: it would do nothing.")
+    Reply(source=source, options=options, obeying=Obeying(**obeying), **wanted).give()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +89,7 @@ class Reply:
 
     source: dict[str, Any]
     options: dict[str, Any]
+    obeying: Obeying
     prompt: str | None
     messages: str | None
     system_prompt: str | None
@@ -84,15 +121,17 @@ class Reply:
     def give(self) -> None:
         asked = self._asked()
         recording = self._recording()  # before the model is loaded: it refuses bad names
-        if asked is None and self.talkative and not (self.noise or self.save_noise):
+        filling = self.obeying.is_filling
+        self.obeying.check()
+        if asked is None and not filling and self.talkative and not (self.noise or self.save_noise):
             Demo(self, recording).show()
             return
         model = open_model(self.source, quiet=not self.talkative)
-        if asked is None:
+        if asked is None and not filling:
             from .terminal.scenes import SUDOKU
 
             asked = [{"role": "user", "content": SUDOKU.prompt}]
-        if recording:
+        if recording and asked:
             recording.commit(_shown(asked[-1]) + "\n\n")
         request, pace = self.request(model, asked), self._pace()
         recorder = request.record() if self.save_noise else None
@@ -103,14 +142,15 @@ class Reply:
             recorder.save(file, prompt=asked, settings=settings, seed=result.seed, tuning=tuning)
         self._conclude(result)
 
-    def request(self, model: "DiffusionGemma", asked: "list[Message]", **options: Any) -> "Request":
+    def request(self, model: "DiffusionGemma", asked: "list[Message] | None", **options: Any) -> "Request":
         """The run for these messages, checked."""
         from .generation.noise import RecordedNoise
 
-        chosen: dict[str, Any] = {**options, **self.options, "enable_thinking": self.thinking}
+        chosen: dict[str, Any] = {**options, **run_options(model, self.options)}
         if self.noise is not None:
             chosen["noise"] = RecordedNoise.load(existing_file(self.noise, "--noise"))
-        return model.prepare(asked, sanitize_control_tokens=self.sanitize_control_tokens, **chosen)
+        template = {"enable_thinking": self.thinking, "sanitize_control_tokens": self.sanitize_control_tokens}
+        return self.obeying.request(model, asked, template=template, run_options=chosen)
 
     def run(self, model: "DiffusionGemma", request: "Request", pace: "Pace", recording: "Recording | None") -> "Result":
         """Generate, and show it."""
@@ -157,7 +197,8 @@ class Reply:
         prompt = self.prompt
         if prompt is None and self.messages is None:
             prompt = _piped()
-            if prompt is None and "model" not in self.source and self.system_prompt is None:
+            demo = "model" not in self.source or self.obeying.is_filling
+            if prompt is None and demo and self.system_prompt is None:
                 return None
         return conversation(prompt, self.messages, self.system_prompt)
 
@@ -186,6 +227,67 @@ class Demo:
             self.reply.run(model, request, pace, self.recording)
         click.echo(f"\n{what_it_knows()}", err=True)
         click.echo("The real model: mlx_diffgemma.convert, then mlx_diffgemma.chat --model PATH (README)", err=True)
+
+
+# ---------------------------------------------------------------------------------------------------- a file of prompts
+
+
+def _for_a_file(wanted: dict[str, Any]) -> dict[str, Any]:
+    """What of the options a file of prompts takes. Errors: UsageError for one that is for a single prompt."""
+    taken = {"system_prompt", "thinking", "sanitize_control_tokens", "quiet"}
+    if single := [name for name, value in wanted.items() if name not in taken and value not in (None, False)]:
+        name = {"form": wanted["form"]}.get(single[0], single[0].replace("_", "-"))
+        raise click.UsageError(f"--{name} is for a single prompt: with --input it would do nothing.")
+    return {name: wanted[name] for name in taken}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offline:
+    """Replies to a file of prompts."""
+
+    source: dict[str, Any]
+    options: dict[str, Any]
+    system_prompt: str | None
+    thinking: bool | None
+    sanitize_control_tokens: bool
+    quiet: bool
+
+    def run(self, file: str, output: str, batch_size: int | None) -> None:
+        """Exit status 1 when a line failed: its reply says why."""
+        from ._version import __version__
+        from .pipeline import offline
+        from .terminal.progress import Count
+
+        target = new_file(output, "--output")
+        lines = offline.read_lines(existing_file(file, "--input"), self.system_prompt)
+        model = open_model(self.source, quiet=self.quiet)
+        chosen = run_options(model, self.options) | self._template()
+        seed = chosen.pop("seed", None)
+        about = {"version": __version__, "model": self.source, "options": chosen}
+        about |= {"tuning": model.network.tuning.fingerprint}
+        job = offline.Offline(model, lines, target, batch_size=batch_size or 8, seed=seed, options=chosen, about=about)
+        try:
+            with Count("replies", quiet=self.quiet) as count:
+                for progress in job.run():
+                    count(progress.done, progress.total, f"{progress.failed} failed" * bool(progress.failed))
+        except KeyboardInterrupt:
+            click.echo(f"Interrupted: {job.journal.path} keeps what is done; the same command continues.", err=True)
+            raise
+        self._conclude(offline.failures(target), len(lines), target)
+
+    def _template(self) -> dict[str, Any]:
+        given = {"enable_thinking": self.thinking, "sanitize_control_tokens": self.sanitize_control_tokens or None}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _conclude(self, failed: list[tuple[str | int, str]], total: int, target: "Path") -> None:
+        for name, error in failed[:5]:
+            click.echo(f"Failed: {name}: {error.splitlines()[0]}", err=True)
+        if failed:
+            click.echo(f"{len(failed)} of {total} failed; each says why in {target}, as `error`.", err=True)
+        click.get_current_context().exit(1 if failed else 0)
+
+
+# -------------------------------------------------------------------------------------------------------- the prompt
 
 
 def _piped() -> str | None:

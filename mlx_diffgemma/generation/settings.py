@@ -27,8 +27,10 @@ class GenerationOptions(TypedDict, total=False):
     prefill_step_size: int
     sparse_signal: bool
     canvas_length: int | None
+    temperature: float
     greedy: bool
     avoid_empty: bool
+    free_signal: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class GenerationConfig:
     """How to generate. The defaults are transformers' (DiffusionGemmaGenerationConfig), the checkpoint's
     `generation_config.json` comes over them, and what the caller names over both.
 
-    Exact unless one of the last three is set: those depart from the reference and are reported in the
+    Exact unless one of the last four is set: those depart from the reference and are reported in the
     statistics of every result.
     """
 
@@ -55,14 +57,25 @@ class GenerationConfig:
     sparse_signal: bool = True  # the signal's full product only where a position is not one token to its precision
     # Departures from the reference, by name.
     canvas_length: int | None = None  # tokens; shorter canvases than the model's, for short answers
+    temperature: float = 1.0  # multiplies t_min and t_max; 0 is greedy, by the reference's temperatures
     greedy: bool = False  # the guess is the best token: no draw
     avoid_empty: bool = False  # no stop id at position 0 of the first canvas, in the signal too
+    free_signal: bool = False  # under a constraint the next step is shown the distribution without it
 
     def __post_init__(self) -> None:
         for option in OPTIONS.fields:
             object.__setattr__(self, option.name, option.kind.read(getattr(self, option.name), option.name))
         if not self.t_min < self.t_max:
             raise ConfigError(f"t_min is {self.t_min}, expected less than t_max, {self.t_max}.")
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise ConfigError(
+                f"temperature is {self.temperature}, expected 0 (greedy) or at least {LEAST_TEMPERATURE}."
+            )
+        if self.temperature == 0:
+            if self.greedy:
+                raise ConfigError("greedy would do nothing beside temperature 0, which says it already.")
+            object.__setattr__(self, "greedy", True)
+            object.__setattr__(self, "temperature", 1.0)
 
     def replace(self, **options: Any) -> "GenerationConfig":
         """A copy with `options` set; an option that does not exist is a ConfigError with the nearest name."""
@@ -91,15 +104,21 @@ class GenerationConfig:
         return cls(**options)
 
     @property
+    def schedule(self) -> tuple[float, float]:
+        """What the temperature falls towards, and where it begins."""
+        return self.t_min * self.temperature, self.t_max * self.temperature
+
+    @property
     def departures(self) -> dict[str, Any]:
         """The options in force that make a run differ from the reference algorithm."""
-        named = {"canvas_length": self.canvas_length, "greedy": self.greedy, "avoid_empty": self.avoid_empty}
-        return {name: value for name, value in named.items() if value}
+        named = ("canvas_length", "temperature", "greedy", "avoid_empty", "free_signal")
+        return {name: value for name in named if (value := getattr(self, name)) != getattr(type(self), name)}
 
 
 # --------------------------------------------------------------------------------------------------- what is allowed
 
 _MANY = 1 << 40  # far beyond any use
+LEAST_TEMPERATURE = 0.001  # below, logits over it leave float32
 OPTIONS = Table(
     Field("max_tokens", integer(least=1, most=_MANY)),
     Field("max_length", optional(integer(least=1, most=_MANY))),
@@ -114,8 +133,10 @@ OPTIONS = Table(
     Field("prefill_step_size", integer(least=1, most=1 << 30)),
     Field("sparse_signal", flag),
     Field("canvas_length", optional(integer(least=1, most=1 << 20))),
+    Field("temperature", number(least=0, most=1000)),
     Field("greedy", flag),
     Field("avoid_empty", flag),
+    Field("free_signal", flag),
 )
 _KINDS = {option.name: option.kind for option in OPTIONS.fields}
 RENAMED = {"max_new_tokens": "max_tokens"}  # the file's word → ours

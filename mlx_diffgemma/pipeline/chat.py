@@ -34,7 +34,8 @@ class Chat:
         that is kept, since it is denoised behind a fork of it."""
         messages = [*self.messages, {"role": "user", "content": check_text(text, "the message")}]
         options = {**self.options, **options}
-        template = {k: options.pop(k) for k in ("enable_thinking", "tools", "sanitize_control_tokens") if k in options}
+        own = ("enable_thinking", "tools", "template_options", "sanitize_control_tokens")
+        template = {name: options.pop(name) for name in own if name in options}
         run = {k: options.pop(k, None) for k in ("seed", "noise")}
         ids = self.model.ids(messages, **template)
         lasting = self._lasting(ids, messages, template)

@@ -1,10 +1,12 @@
 """A checkpoint's tokenizer: text ↔ ids, conversations as the model reads them, answers taken apart."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import TokenizerError
+from ..readers import check_tree
 from . import control, template
 from .channels import CHANNEL, OPEN, TOOL_CALL, Markers, Parts, parse_calls
 from .dialects import FILE, Beside, read_beside, read_fast
@@ -58,6 +60,12 @@ class Tokenizer:
         kept = [i for i in ids if i not in self.special_ids] if skip_special else list(ids)
         return self.vocabulary.decode(kept)
 
+    @cached_property
+    def token_bytes(self) -> list[bytes | None]:
+        """What every id adds to a text, in bytes; None for special tokens, which are no text. Errors: TokenizerError
+        for a tokenizer that does not say."""
+        return [None if i in self.special_ids else b for i, b in enumerate(self.vocabulary.token_bytes())]
+
     def piece(self, token: int) -> str:
         """One token as it looks inside text, special ones by name: for showing a canvas."""
         return self.vocabulary.decode([token])
@@ -86,12 +94,13 @@ class Tokenizer:
         *,
         enable_thinking: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
+        template_options: dict[str, Any] | None = None,
     ) -> str:
         """The conversation as the model reads it, with the model's turn opened.
 
         Errors: TokenizerError when there is no template, the messages are of the wrong kind, or it refuses them.
         """
-        return self._render(messages, enable_thinking, tools, ())
+        return self._render(messages, enable_thinking, tools, template_options, ())
 
     def apply_chat_template(
         self,
@@ -99,14 +108,15 @@ class Tokenizer:
         *,
         enable_thinking: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
+        template_options: dict[str, Any] | None = None,
         sanitize_control_tokens: bool = False,
     ) -> list[int]:
         """`render`, then `encode`; with `sanitize_control_tokens` the control tokens in messages and tools are text."""
         if not sanitize_control_tokens:
-            return self.vocabulary.encode(self._render(messages, enable_thinking, tools, ()))
+            return self.vocabulary.encode(self._render(messages, enable_thinking, tools, template_options, ()))
         added = self.vocabulary.added()
         tokens = control.control_tokens(added, self.beside.control, template.literals(*self.template(tools)))
-        text = self._render(messages, enable_thinking, tools, tokens)
+        text = self._render(messages, enable_thinking, tools, template_options, tokens)
         words = self.vocabulary
         return control.encode(text, [token for token, _ in added], words.encode, words.encode_plainly, words.id_of)
 
@@ -115,6 +125,7 @@ class Tokenizer:
         messages: list[Message],
         enable_thinking: bool | None,
         tools: list[dict[str, Any]] | None,
+        template_options: dict[str, Any] | None,
         marked: tuple[str, ...],
     ) -> str:
         messages = check_messages(messages, fault=TokenizerError)
@@ -124,7 +135,18 @@ class Tokenizer:
             variables["enable_thinking"] = enable_thinking
         source, name = self.template(tools)
         variables |= {"tools": control.mark(tools, marked) if marked else tools, "documents": None}
+        if template_options:
+            variables |= self._options(template_options, variables.keys() | {"messages"})
         return template.render(source, name, control.mark(messages, marked) if marked else messages, **variables)
+
+    def _options(self, given: dict[str, Any], taken: set[str]) -> dict[str, Any]:
+        """Errors: TokenizerError for an option that has a place of its own, or that the template never reads."""
+        check_tree(given, "template_options", fault=TokenizerError)
+        if both := sorted(given.keys() & taken):
+            raise TokenizerError(f"the template option {both[0]!r} is given elsewhere already: leave it out here.")
+        if unread := [name for name in given if not self.reads(name)]:
+            raise TokenizerError(f"the chat template does not read the option {unread[0]!r}: it would do nothing.")
+        return given
 
     # -------------------------------------------------------------------------------------------------------- answers
 
