@@ -4,6 +4,7 @@ Exit status: 0 done · 1 failed · 2 wrong usage · 130 interrupted.
 """
 
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
@@ -24,6 +25,7 @@ COMMANDS = {
     "convert": "Turn the released checkpoint into an MLX pack that fits.",
     "check": "Check this installation and a model against the recorded reference.",
     "bench": "Measure this machine; compare two measurements.",
+    "tune": "Measure how this machine likes the work cut, once, and remember it.",
     "train": "Fine-tune with LoRA or in full, by the denoising objective.",
 }
 
@@ -101,6 +103,7 @@ _LOADING: dict[str, dict[str, Any]] = {
         "type": click.Choice(["auto", "packed", "bf16"]),
         "help": "All but the experts: as in the pack, or unpacked (same values, faster, larger).  [default: auto]",
     },
+    "no_tuned": {"is_flag": True, "default": None, "help": "Not as mlx_diffgemma.tune chose: as the device likes it."},
     "memory_limit": {"type": click.FloatRange(0, min_open=True), "metavar": "GB", "help": "The most memory to use."},
 }
 
@@ -114,7 +117,7 @@ def open_model(source: dict[str, Any], *, quiet: bool = False) -> "DiffusionGemm
     """Load the model, or the built-in one with a line that says how to get the real one."""
     from rich.console import Console
 
-    from .pipeline.loading import load
+    from .pipeline.loading import load, notes
 
     stderr = Console(stderr=True, quiet=quiet)
     if "model" not in source:
@@ -122,11 +125,20 @@ def open_model(source: dict[str, Any], *, quiet: bool = False) -> "DiffusionGemm
             "The small built-in model. The real one: mlx_diffgemma.convert, then --model PATH (README: The real model)",
             style="dim",
         )
-    options = {name: value for name, value in source.items() if name not in ("model", "memory_limit")}
+    options = {name: value for name, value in source.items() if name not in ("model", "memory_limit", "no_tuned")}
+    if source.get("no_tuned"):
+        from .model.tuning import DEFAULT
+
+        options["tuning"] = DEFAULT
     if "memory_limit" in source:
         options["memory_limit"] = int(source["memory_limit"] * 1e9)
     with stderr.status(f"Loading {source.get('model', 'the built-in model')}"):
-        return load(source.get("model", BUILT_IN), **options)
+        with warnings.catch_warnings(record=True) as said:  # of a choice that is remembered and cannot be used
+            warnings.simplefilter("always", UserWarning)
+            model = load(source.get("model", BUILT_IN), **options)
+    for line in [*(str(w.message) for w in said), *notes(model)]:
+        stderr.print(line, style="dim", highlight=False)
+    return model
 
 
 _POSITIVE, _NUMBER = click.IntRange(1), click.FloatRange(0)

@@ -127,7 +127,7 @@ def _walk(x: mx.array, table: Table, shaping: Shaping, with_signal: bool, tuning
     size = table.weight.shape[0]
     lanes = _lanes(size, tuning)
     runs: dict[int, _Run] = {}  # by the first of the parts that are walked abreast
-    for round_ in zip_longest(*(_tiles(size, tuning.tile, share) for share in _shares(len(lanes)))):
+    for round_ in zip_longest(*(_tiles(size, tuning.ids_at_once, share) for share in _shares(len(lanes)))):
         # Wait for the round before: MLX would else compute every tile's logits first, and hold them all.
         before = [array for run in runs.values() for array in run.state]
         for tile, stream in zip(round_, lanes, strict=True):
@@ -214,7 +214,7 @@ def _shares(lanes: int) -> list[range]:
 def _lanes(vocabulary: int, tuning: Tuning) -> Sequence[mx.Stream | mx.ThreadLocalStream]:
     """The streams that share the parts: a CPU stream is one thread, a GPU works on everything at once."""
     device, streams = mx.default_device(), min(tuning.streams, len(STREAMS))
-    if device.type == mx.cpu and streams > 1 and vocabulary >= streams * tuning.tile:
+    if device.type == mx.cpu and streams > 1 and vocabulary >= streams * tuning.ids_at_once:
         return STREAMS[:streams]
     return [mx.default_stream(device)]
 

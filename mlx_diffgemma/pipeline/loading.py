@@ -1,5 +1,6 @@
 """From a path or a repository to a loaded model."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -7,8 +8,9 @@ from typing import get_args
 import mlx.core as mx
 
 from ..errors import ConfigError, TokenizerError
-from ..files import checkpoint, hub, weights
-from ..model import threads
+from ..files import checkpoint, hub, tuned, weights
+from ..model import threads, wiring
+from ..model.expert_linear import QuantizedExpertLinear
 from ..model.memory import machine_limit, memory_needed, weight_bytes
 from ..model.network import Network
 from ..model.tuning import DEFAULT, Trunk, Tuning
@@ -27,19 +29,25 @@ def load(
     adapter: str | Path | None = None,
     trunk: Trunk | None = None,
     memory_limit: int | None = None,
-    tuning: Tuning = DEFAULT,
+    tuning: Tuning | None = None,
 ) -> DiffusionGemma:
     """Load a model: a pack made by `mlx_diffgemma.convert`, an mlx-community pack, or a Hugging Face folder.
 
     `adapter` is a folder written by `mlx_diffgemma.train`. `trunk` says how everything but the experts is held:
     "packed" as the pack has it, "bf16" unpacked (the same values, faster products, more memory), "auto" unpacked
-    on a GPU with room for it; without it `tuning` decides, which says how the machine likes the work cut.
+    on a GPU with room for it; without it `tuning` decides, which says how the machine likes the work cut: what
+    `mlx_diffgemma.tune` chose for this pack on this machine, if it did, unless another is given (DEFAULT: none).
+    On Metal the weights and a prefix are wired while the model lives (mx.set_wired_limit), unless tuned otherwise.
     `memory_limit` in bytes is this process's budget, instead of what the machine has.
     Sets MLX's cache of freed buffers, for the whole process, to at most 1 GiB (mx.set_cache_limit).
     Errors: CheckpointError, ConfigError, MemoryLimitError.
     """
     threads.clear_at_the_end()
     folder = hub.resolve(path_or_repo, revision=revision)
+    if tuning is None:
+        tuning = tuned.remembered(folder) or DEFAULT
+    if tuning.operations is not None:  # read by MLX when it first uses the GPU
+        os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", str(tuning.operations))
     config, limit = checkpoint.read_config(folder), memory_limit or machine_limit()
     check_memory(config, sum(file.stat().st_size for file in folder.glob("*.safetensors")), limit)
     network = weights.load_network(folder)
@@ -57,7 +65,22 @@ def load(
         stop_ids = tuple(dict.fromkeys((*generation_config.stop_ids, *tokenizer.stop_ids)))
         generation_config = generation_config.replace(stop_ids=stop_ids)
     mx.set_cache_limit(CACHE_LIMIT)
-    return DiffusionGemma(network, tokenizer, generation_config, folder=folder, memory_limit=limit)
+    model = DiffusionGemma(network, tokenizer, generation_config, folder=folder, memory_limit=limit)
+    if network.tuning.wired:
+        wiring.wire(model, memory_needed(config, weight_bytes(network), ROOMY_PREFIX))
+    return model
+
+
+def notes(model: DiffusionGemma) -> list[str]:
+    """What is known to make a model slow on this machine, a line each."""
+    if mx.metal.is_available() or mx.default_device() != mx.gpu:
+        return []
+    if not any(isinstance(module, QuantizedExpertLinear) for module in model.network.modules()):
+        return []
+    return [
+        "MLX's CUDA backend multiplies packed experts 18 to 28 times slower than plain ones (mlx #4339): where the memory"
+        " is there, use a pack with bf16 experts."
+    ]
 
 
 def _settle_trunk(network: Network, trunk: Trunk, limit: int) -> Trunk:
