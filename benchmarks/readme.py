@@ -18,10 +18,11 @@ from typing import Any
 from benchmarks import common, ideas, roofline
 from benchmarks import recipes as measured_recipes
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.files import checkpoint, layout
+from mlx_diffgemma.files import layout
 from mlx_diffgemma.model import memory
 from mlx_diffgemma.packing import plan
 from mlx_diffgemma.packing.recipes import load_recipe
+from mlx_diffgemma.readers import read_json
 
 RESULTS = Path(__file__).with_name("results")
 RECIPES = ("q8", "q6", "q4-bf16", "q4", "mxfp4", "q3", "q2")
@@ -36,7 +37,7 @@ def blocks(results: Path = RESULTS) -> dict[str, str]:
     """What belongs between the markers, by name."""
     measured = {"step": ("step.json", step), "quality": ("recipes.json", quality), "ideas": ("ideas.json", idea_table)}
     made = {
-        name: write(checkpoint.read_json(results / file)) if (results / file).exists() else ""
+        name: write(read_json(results / file)) if (results / file).exists() else ""
         for name, (file, write) in measured.items()
     }
     return {"recipes": recipes(), "roofline": roofline.readme_section() + "\n", **made}
@@ -64,7 +65,7 @@ def written(text: str, tables: dict[str, str]) -> str:
 
 def recipes() -> str:
     """What each recipe makes of the released shapes, and the smallest Mac for 4K and 128K tokens of prefix."""
-    config = ModelConfig.from_dict(checkpoint.read_json(roofline.RELEASED))
+    config = ModelConfig.from_dict(read_json(roofline.RELEASED))
     rows = [
         "| recipe | experts | the rest | GB | bits a weight | Mac, 4K prefix | Mac, 128K prefix |",
         "|---" * 7 + "|",

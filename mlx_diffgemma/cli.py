@@ -1,18 +1,24 @@
 """The command line: the click group, the options that commands share, and errors in one to three lines.
 
-Exit status: 0 done · 1 failed · 2 wrong usage · 130 interrupted.
+Exit status: 0 done · 1 failed · 2 wrong usage · 130 interrupted · 143 terminated.
 """
 
+import io
+import math
+import os
+import signal
 import sys
-import warnings
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import wraps
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from ._version import __version__
+from .disk import reason
 from .errors import DiffGemmaError
 from .files.shipped import BUILT_IN
 
@@ -36,7 +42,10 @@ class Command(click.Command):
     def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:  # pyright: ignore
         args = list(sys.argv[1:] if args is None else args)
         try:
-            status = super().main(args, prog_name, **{**extra, "standalone_mode": False})
+            with _terminable():
+                _open_streams()
+                status = super().main(args, prog_name, **{**extra, "standalone_mode": False})
+                sys.stdout.flush()
         except (KeyboardInterrupt, click.Abort):
             status = 130
         except click.ClickException as error:
@@ -46,7 +55,7 @@ class Command(click.Command):
             if "--debug" in args:
                 raise
             status = 1
-            _complain(str(error) if isinstance(error, DiffGemmaError) else _unforeseen(error))
+            _complain(_in_words(error))
         sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -64,8 +73,39 @@ class Group(Command, click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
+def _open_streams() -> None:
+    """What a stream's encoding cannot write is written as an escape, not an error. Errors: DiffGemmaError."""
+    if sys.stdout is None:
+        raise DiffGemmaError("standard output is closed: there is nowhere to write to.")
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        *((s, "backslashreplace") for s in (sys.stdout, sys.stderr)),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does: what is open is closed, the cursor shown again."""
+
+    def end(*_: object) -> NoReturn:
+        sys.exit(143)
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _complain(message: str) -> None:
-    click.echo("Error: " + message.replace("\n", "\n       "), err=True)
+    text = "Error: " + message.replace("\n", "\n       ")
+    with suppress(OSError):
+        click.echo("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text), err=True)
 
 
 def _hint(error: click.ClickException) -> str:
@@ -73,27 +113,59 @@ def _hint(error: click.ClickException) -> str:
     return f"\nSee: {ctx.command_path} --help" if ctx else ""
 
 
-def _unforeseen(error: Exception) -> str:
+def _in_words(error: Exception) -> str:
+    if isinstance(error, DiffGemmaError):
+        return str(error)
+    if isinstance(error, OSError):
+        _lose_output(error)
+        return f"{error.filename or 'the output'} cannot be used: {reason(error)}."
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for this."
     what = str(error).strip().splitlines()
     return f"{type(error).__name__}: {what[0] if what else '(no message)'}\nRun again with --debug for the traceback."
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+def _lose_output(error: OSError) -> None:
+    """When standard output is what failed, Python would fail again at the end, in its own words."""
+    if error.filename is None:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+_NAMES = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(cls=Group, context_settings=_NAMES, invoke_without_command=True)
 @click.version_option(__version__, prog_name="mlx_diffgemma")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """DiffusionGemma in MLX. Every command has its own --help."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
-    """Make a function the command `name`: `-h`, `--debug`, and plain errors."""
+    """Make a function the command `name`: `-h`, `--version`, `--debug`, and plain errors."""
 
     def decorate(function: Callable[..., None]) -> click.Command:
-        names = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-        made = click.command(name, cls=Command, context_settings=names)(function)
+        made = click.command(name, cls=Command, context_settings=_NAMES)(function)
+        made = click.version_option(__version__, prog_name="mlx_diffgemma")(made)
         made.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks."))
         return made
 
     return decorate
+
+
+class Number(click.FloatRange):
+    """A finite number in a range: nan lies in none, and inf is a slip of the pen."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
 
 
 _LOADING: dict[str, dict[str, Any]] = {
@@ -103,8 +175,13 @@ _LOADING: dict[str, dict[str, Any]] = {
         "type": click.Choice(["auto", "packed", "bf16"]),
         "help": "All but the experts: as in the pack, or unpacked (same values, faster, larger).  [default: auto]",
     },
-    "no_tuned": {"is_flag": True, "default": None, "help": "Not as mlx_diffgemma.tune chose: as the device likes it."},
-    "memory_limit": {"type": click.FloatRange(0, min_open=True), "metavar": "GB", "help": "The most memory to use."},
+    "no_tuned": {"is_flag": True, "default": None, "help": "Not as mlx_diffgemma.tune chose, but by the defaults."},
+    "memory_limit": {"type": Number(0, min_open=True), "metavar": "GB", "help": "The most memory to use."},
+    "ignore_key": {
+        "multiple": True,
+        "metavar": "KEY",
+        "help": "An unknown key of config.json that you know is harmless.",
+    },
 }
 
 
@@ -115,42 +192,41 @@ def model_options(function: Callable[..., None]) -> Callable[..., None]:
 
 def open_model(source: dict[str, Any], *, quiet: bool = False) -> "DiffusionGemma":
     """Load the model, or the built-in one with a line that says how to get the real one."""
-    from rich.console import Console
+    from rich.text import Text
 
-    from .pipeline.loading import load, notes
+    from .model.tuning import DEFAULT
+    from .pipeline.loading import load
+    from .terminal.console import console
 
-    stderr = Console(stderr=True, quiet=quiet)
+    stderr = console(stderr=True, quiet=quiet)
     if "model" not in source:
         stderr.print(
             "The small built-in model. The real one: mlx_diffgemma.convert, then --model PATH (README: The real model)",
             style="dim",
         )
-    options = {name: value for name, value in source.items() if name not in ("model", "memory_limit", "no_tuned")}
-    if source.get("no_tuned"):
-        from .model.tuning import DEFAULT
-
+    own = ("model", "memory_limit", "ignore_key", "no_tuned")
+    options = {name: value for name, value in source.items() if name not in own}
+    if "no_tuned" in source:
         options["tuning"] = DEFAULT
     if "memory_limit" in source:
-        options["memory_limit"] = int(source["memory_limit"] * 1e9)
-    with stderr.status(f"Loading {source.get('model', 'the built-in model')}"):
-        with warnings.catch_warnings(record=True) as said:  # of a choice that is remembered and cannot be used
-            warnings.simplefilter("always", UserWarning)
-            model = load(source.get("model", BUILT_IN), **options)
-    for line in [*(str(w.message) for w in said), *notes(model)]:
-        stderr.print(line, style="dim", highlight=False)
+        options["memory_limit"] = max(int(source["memory_limit"] * 1e9), 1)
+    with stderr.status(Text(f"Loading {source.get('model', 'the built-in model')}")):
+        model = load(source.get("model", BUILT_IN), ignore_keys=source.get("ignore_key", ()), **options)
+    for notice in model.notices:
+        stderr.print(f"Note: {notice}", style="dim")
     return model
 
 
-_POSITIVE, _NUMBER = click.IntRange(1), click.FloatRange(0)
+_POSITIVE = click.IntRange(1)
 _GENERATION: dict[str, dict[str, Any]] = {
     "seed": {"type": int, "help": "Makes a run repeatable.  [default: a new one each time, reported]"},
     "max_tokens": {"type": _POSITIVE, "help": "Stop after this many tokens."},
     "max_denoising_steps": {"type": _POSITIVE, "help": "At most so many steps a canvas."},
-    "t_max": {"type": _NUMBER, "help": "Temperature of the first step."},
-    "t_min": {"type": _NUMBER, "help": "What the temperature falls towards."},
-    "entropy_bound": {"type": _NUMBER, "help": "Nats that one step may accept together."},
+    "t_max": {"type": Number(0, min_open=True), "help": "Temperature of the first step."},
+    "t_min": {"type": Number(0), "help": "What the temperature falls towards."},
+    "entropy_bound": {"type": Number(0), "help": "Nats that one step may accept together."},
     "stability_threshold": {"type": click.IntRange(0), "help": "Steps without a change before a canvas is settled."},
-    "confidence_threshold": {"type": _NUMBER, "help": "Mean entropy under which a canvas is settled."},
+    "confidence_threshold": {"type": Number(0), "help": "Mean entropy under which a canvas is settled."},
     "prefill_step_size": {"type": _POSITIVE, "help": "Prompt tokens encoded at a time."},
     "canvas_length": {"type": _POSITIVE, "help": "Not the reference: a shorter canvas, for short answers."},
     "greedy": {"is_flag": True, "default": None, "help": "Not the reference: always guess the best token."},
@@ -174,7 +250,7 @@ def _gathered(
     @wraps(function)
     def gather(*args: Any, **values: Any) -> None:
         chosen = {name: values.pop(name) for name in table}
-        function(*args, **values, **{argument: {name: v for name, v in chosen.items() if v is not None}})
+        function(*args, **values, **{argument: {name: v for name, v in chosen.items() if v is not None and v != ()}})
 
     for name, settings in reversed(table.items()):
         click.option("--" + name.replace("_", "-"), *also.get(name, []), name, **settings)(gather)

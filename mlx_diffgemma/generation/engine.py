@@ -24,7 +24,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import ConfigError, PromptError
+from ..errors import CheckpointError, ConfigError, PromptError
 from ..model.cache import PrefixCache
 from ..model.network import Network
 from . import sampler, vocabulary
@@ -59,8 +59,10 @@ def generate(
 
 
 def count_canvases(network: Network, prompts: list[list[int]], settings: GenerationConfig, length: int) -> int:
-    """How many canvases of `length` fit the request and the context; PromptError when not even one does."""
+    """How many canvases of `length` fit the request and the context; PromptError when not even one does, and for ids
+    that the vocabulary does not have: nothing behind this looks at an id again."""
     limit, trained = network.config.max_position_embeddings, network.config.canvas_length
+    _check_ids(network.config.vocab_size, prompts, settings)
     if length > trained:
         raise ConfigError(f"canvas_length is {length}, expected at most {trained}, the model's own.")
     if not prompts or not all(prompts):
@@ -72,6 +74,21 @@ def count_canvases(network: Network, prompts: list[list[int]], settings: Generat
             f" {limit}.\nShorten it by at least {longest + length - limit} tokens."
         )
     return min(-(-settings.max_tokens // length), (limit - longest) // length)
+
+
+def _check_ids(size: int, prompts: list[list[int]], settings: GenerationConfig) -> None:
+    """Errors: PromptError, ConfigError for an id outside 0 … size − 1."""
+    for number, prompt in enumerate(prompts):
+        if prompt and not (0 <= min(prompt) and max(prompt) < size):
+            bad = next(i for i in prompt if not 0 <= i < size)
+            which = f"prompt {number + 1}" if len(prompts) > 1 else "the prompt"
+            raise PromptError(
+                f"{which} has the id {bad}; this model's ids are 0 … {size - 1}.\n"
+                "If it was made of text, tokenizer and weights do not belong together."
+            )
+    for name, ids in (("stop_ids", settings.stop_ids), ("pad_token_id", (settings.pad_token_id,))):
+        if bad := [i for i in ids if i >= size]:
+            raise ConfigError(f"{name} has the id {bad[0]}; this model's ids are 0 … {size - 1}.")
 
 
 @dataclass(kw_only=True)
@@ -103,6 +120,11 @@ class _Run:
         padded = [[settings.pad_token_id] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
         self.padded = mx.array(padded, mx.int32)  # [B, P]
         self.prompt_tokens = sum(map(len, prompts))
+        if cache is not None and not cache.length < longest:
+            raise PromptError(
+                f"the prefix that was handed over holds {cache.length} tokens, expected fewer than the prompt has,"
+                f" {longest}."
+            )
         self.cache = cache or network.make_cache(len(prompts), padding, length)
         self.reused = self.cache.length
         self.rows = [_Row(left=settings.max_tokens) for _ in prompts]
@@ -286,6 +308,11 @@ class _Canvas:
         """Waits for the step, and fetches its few numbers at once."""
         numbers = mx.stack([accepted.sum(axis=-1), self.entropy.mean(axis=-1), self.done])
         counts, means, settled = np.array(numbers).tolist()
+        if any(mean != mean for mean in means):
+            raise CheckpointError(
+                f"the network computes NaN (canvas {self.index}, step {step}): its weights are damaged, or their values"
+                " overflow.\nDownload the checkpoint again; float16 can overflow, bfloat16 does not."
+            )
         return Denoised(
             index=self.index,
             step=step,

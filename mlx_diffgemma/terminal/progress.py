@@ -3,6 +3,8 @@
 import time
 from typing import TYPE_CHECKING
 
+from .console import console
+
 if TYPE_CHECKING:
     from ..packing.pieces import Piece
 
@@ -11,10 +13,9 @@ class Bar:
     """A progress bar on a terminal; elsewhere a log line every 15 seconds. Both on stderr."""
 
     def __init__(self, verb: str):
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
-        self.verb, self.console = verb, Console(stderr=True)
+        self.verb, self.console = verb, console(stderr=True)
         columns = ("{task.description}", BarColumn(), "{task.fields[state]}", TimeRemainingColumn())
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.tensors = self.nbytes = self.whole = self.done = 0
