@@ -16,7 +16,7 @@ from typing import Any, get_args
 import mlx.core as mx
 
 from .._version import __version__
-from ..disk import visible
+from ..disk import replacing, visible
 from ..model.tuning import Trunk, Tuning
 
 FIELDS = ("trunk", "tile", "scores", "wired", "operations")  # what is chosen, in this order
@@ -70,25 +70,22 @@ def remembered(pack: Path) -> Found:
         then, tuning = kept["measured_with"], read(kept["tuning"])
     except (ValueError, KeyError, TypeError):
         return Found(notices=(f"{file} is not a choice of mlx_diffgemma.tune and is left alone.",))
-    changed = [f"{name} {then.get(name)}, now {value}" for name, value in circumstances().items() if then.get(name) != value]
+    here = circumstances()
+    changed = [f"{name} {then.get(name)}, now {here[name]}" for name in here if then.get(name) != here[name]]
     if changed:
-        return Found(notices=(f"the tuning was measured with {'; '.join(changed)}: mlx_diffgemma.tune measures again.",))
+        then = "; ".join(changed)
+        return Found(notices=(f"the tuning was measured with {then} and is left alone: run mlx_diffgemma.tune again.",))
     return Found(tuning=tuning)
 
 
 def remember(pack: Path, name: str, tuning: Tuning, seconds: dict[str, Any]) -> Path:
-    """Write the choice whole or not at all. Errors: OSError."""
+    """Write the choice whole or not at all. Errors: OSError, DiffGemmaError."""
     file = file_of(pack)
     file.parent.mkdir(parents=True, exist_ok=True)
     values = {field: asdict(tuning)[field] for field in FIELDS}
     kept = {"pack": name, "measured_with": circumstances(), "tuning": values, "seconds": seconds}
-    made = file.with_suffix(f".{os.getpid()}.part")
-    try:
-        made.write_text(json.dumps(kept, indent=1) + "\n")
-        made.replace(file)
-    finally:
-        with suppress(OSError):
-            made.unlink(missing_ok=True)
+    with replacing(file) as stream:
+        stream.write((json.dumps(kept, indent=1) + "\n").encode())
     return file
 
 
