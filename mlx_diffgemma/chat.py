@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import command, generation_options, model_options, open_model
+from .cli import command, generation_options, model_options, open_model, run_options
 from .errors import DiffGemmaError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @command("chat")
 @model_options
 @click.option("--system-prompt", metavar="TEXT", help="Goes before the conversation.")
-@click.option("--thinking/--no-thinking", default=None, help="Ask the chat template for thinking, or for none.")
+@click.option("--thinking/--no-thinking", default=None, help="Ask for thinking, or for none.")
 @click.option("--show-thinking", is_flag=True, help="Print the thoughts before each answer.")
 @generation_options
 def main(
@@ -31,7 +31,7 @@ def main(
 ) -> None:
     """Talk with the model. /help lists what else can be typed; Ctrl-C stops an answer, Ctrl-D ends the talk."""
     loaded = open_model(source)
-    options |= {"enable_thinking": thinking} if thinking is not None else {}
+    options = run_options(loaded, options) | ({"enable_thinking": thinking} if thinking is not None else {})
     talk = Talk(loaded, system_prompt, options, show_thinking=show_thinking)
     ask = _line_editor()
     while (line := ask()) is not None:

@@ -3,6 +3,7 @@
 Exit status: 0 done · 1 failed · 2 wrong usage · 130 interrupted.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ._version import __version__
-from .errors import DiffGemmaError
+from .errors import ConfigError, DiffGemmaError
 from .files.shipped import BUILT_IN
 
 if TYPE_CHECKING:
@@ -25,11 +26,47 @@ COMMANDS = {
     "check": "Check this installation and a model against the recorded reference.",
     "bench": "Measure this machine; compare two measurements.",
     "train": "Fine-tune with LoRA or in full, by the denoising objective.",
+    "fuse": "Merge a LoRA adapter into its model.",
 }
+
+
+class Option(click.Option):
+    """An option of a section of `--help-all`; those without one are the common options, which `--help` shows."""
+
+    def __init__(self, *args: Any, section: str = "", **settings: Any):
+        super().__init__(*args, **settings)
+        self.section = section
+
+
+_LAST = "Machine Other"  # the sections that come last
 
 
 class Command(click.Command):
     """A command whose failures are one to three lines on stderr, with a traceback only on `--debug`."""
+
+    everything = False  # whether the help that is being written is `--help-all`'s
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for option in self.get_params(ctx):
+            if line := option.get_help_record(ctx):
+                sections.setdefault(getattr(option, "section", ""), []).append(line)
+        for section, lines in sorted(sections.items(), key=lambda item: _LAST.find(item[0] or "-")):
+            if self.everything or not section:
+                with formatter.section(section or "Options"):
+                    formatter.write_dl(lines)
+        hidden = sum(map(len, sections.values())) - len(sections.get("", ()))
+        if hidden and not self.everything:
+            formatter.write_paragraph()
+            formatter.write_text(f"{hidden} more options: {ctx.command_path} --help-all")
+
+    def help_all(self, ctx: click.Context) -> str:
+        """The help with every option, in its section."""
+        self.everything = True
+        try:
+            return self.get_help(ctx)
+        finally:
+            self.everything = False
 
     def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:  # pyright: ignore
         args = list(sys.argv[1:] if args is None else args)
@@ -57,6 +94,10 @@ class Group(Command, click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return import_module(f"mlx_diffgemma.{cmd_name}").main if cmd_name in COMMANDS else None
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -77,31 +118,54 @@ def _unforeseen(error: Exception) -> str:
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="mlx_diffgemma")
+@click.version_option(__version__, prog_name="mlx_diffgemma", help="Print the version.")
 def main() -> None:
     """DiffusionGemma in MLX. Every command has its own --help."""
 
 
 def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
-    """Make a function the command `name`: `-h`, `--debug`, and plain errors."""
+    """Make a function the command `name`: `-h`, `--help-all`, `--version`, `--debug`, and plain errors."""
 
     def decorate(function: Callable[..., None]) -> click.Command:
         names = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
         made = click.command(name, cls=Command, context_settings=names)(function)
-        made.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks."))
+        flag: dict[str, Any] = {"is_flag": True, "expose_value": False, "section": "Other"}
+        made.params += [
+            Option(["--help-all"], is_eager=True, callback=_help_all, help="Show this.", **flag),
+            Option(["--version"], is_eager=True, callback=_say_version, help="Print the version.", **flag),
+            Option(["--debug"], help="Show tracebacks.", **flag),
+        ]
         return made
 
     return decorate
 
 
+def _help_all(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and isinstance(ctx.command, Command):
+        click.echo(ctx.command.help_all(ctx))
+        ctx.exit()
+
+
+def _say_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        click.echo(f"mlx_diffgemma, version {__version__}")
+        ctx.exit()
+
+
 _LOADING: dict[str, dict[str, Any]] = {
-    "model": {"metavar": "PATH|REPO", "help": "A folder or Hub repository.  [default: the small built-in model]"},
-    "adapter": {"metavar": "PATH", "help": "A LoRA adapter made by mlx_diffgemma.train."},
+    "model": {"metavar": "PATH|REPO", "help": "Folder or Hub repository.  [default: the built-in one]"},
+    "adapter": {"metavar": "PATH", "help": "A LoRA adapter made by train."},
     "trunk": {
+        "section": "Machine",
         "type": click.Choice(["auto", "packed", "bf16"]),
         "help": "All but the experts: as in the pack, or unpacked (same values, faster, larger).  [default: auto]",
     },
-    "memory_limit": {"type": click.FloatRange(0, min_open=True), "metavar": "GB", "help": "The most memory to use."},
+    "memory_limit": {
+        "section": "Machine",
+        "type": click.FloatRange(0, min_open=True),
+        "metavar": "GB",
+        "help": "The most memory to use.",
+    },
 }
 
 
@@ -129,20 +193,63 @@ def open_model(source: dict[str, Any], *, quiet: bool = False) -> "DiffusionGemm
         return load(source.get("model", BUILT_IN), **options)
 
 
+class _JsonObject(click.ParamType):
+    name = "JSON"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            found = json.loads(value)
+        except ValueError as error:
+            self.fail(f"{value!r} is not JSON: {error}.", param, ctx)
+        if not isinstance(found, dict):
+            self.fail(f'{value!r} is not a JSON object, as in {{"enable_thinking": true}}.', param, ctx)
+        return found
+
+
 _POSITIVE, _NUMBER = click.IntRange(1), click.FloatRange(0)
+_SAMPLER, _DEPARTURES = (
+    "Sampler (without these, the checkpoint's own values)",
+    "Not the reference (reported in the result)",
+)
+_PROMPT = "Prompt"
 _GENERATION: dict[str, dict[str, Any]] = {
-    "seed": {"type": int, "help": "Makes a run repeatable.  [default: a new one each time, reported]"},
-    "max_tokens": {"type": _POSITIVE, "help": "Stop after this many tokens."},
-    "max_denoising_steps": {"type": _POSITIVE, "help": "At most so many steps a canvas."},
-    "t_max": {"type": _NUMBER, "help": "Temperature of the first step."},
-    "t_min": {"type": _NUMBER, "help": "What the temperature falls towards."},
-    "entropy_bound": {"type": _NUMBER, "help": "Nats that one step may accept together."},
-    "stability_threshold": {"type": click.IntRange(0), "help": "Steps without a change before a canvas is settled."},
-    "confidence_threshold": {"type": _NUMBER, "help": "Mean entropy under which a canvas is settled."},
-    "prefill_step_size": {"type": _POSITIVE, "help": "Prompt tokens encoded at a time."},
-    "canvas_length": {"type": _POSITIVE, "help": "Not the reference: a shorter canvas, for short answers."},
-    "greedy": {"is_flag": True, "default": None, "help": "Not the reference: always guess the best token."},
-    "avoid_empty": {"is_flag": True, "default": None, "help": "Not the reference: never an empty reply."},
+    "seed": {"type": int, "metavar": "N", "help": "Makes a run repeatable.  [default: a new one]"},
+    "max_tokens": {"type": _POSITIVE, "metavar": "N", "help": "Stop after this many tokens."},
+    "temperature": {"type": _NUMBER, "metavar": "X", "help": "Of the schedule: 1 is the reference, 0 --greedy."},
+    "extra_eos_token": {
+        "section": _PROMPT,
+        "metavar": "TOKEN",
+        "multiple": True,
+        "help": "A token that ends a reply too; may be repeated.",
+    },
+    "template_options": {
+        "section": _PROMPT,
+        "type": _JsonObject(),
+        "help": "Further variables of the chat template, as a JSON object.",
+    },
+    "max_denoising_steps": {"section": _SAMPLER, "type": _POSITIVE, "help": "At most so many steps a canvas."},
+    "t_max": {"section": _SAMPLER, "type": _NUMBER, "help": "Temperature of the first step."},
+    "t_min": {"section": _SAMPLER, "type": _NUMBER, "help": "What the temperature falls towards."},
+    "entropy_bound": {"section": _SAMPLER, "type": _NUMBER, "help": "Nats that one step may accept together."},
+    "stability_threshold": {
+        "section": _SAMPLER,
+        "type": click.IntRange(0),
+        "help": "Steps without a change before a canvas is settled.",
+    },
+    "confidence_threshold": {
+        "section": _SAMPLER,
+        "type": _NUMBER,
+        "help": "Mean entropy under which a canvas is settled.",
+    },
+    "prefill_step_size": {"section": "Machine", "type": _POSITIVE, "help": "Prompt tokens encoded at a time."},
+    "canvas_length": {"section": _DEPARTURES, "type": _POSITIVE, "help": "A shorter canvas, for short answers."},
+    "greedy": {"section": _DEPARTURES, "is_flag": True, "default": None, "help": "Always guess the best token."},
+    "avoid_empty": {"section": _DEPARTURES, "is_flag": True, "default": None, "help": "Never an empty reply."},
+}
+_SPELLINGS = {
+    "max_tokens": ["-m"],
+    "temperature": ["--temp"],
+    "template_options": ["--chat-template-config"],
 }
 
 
@@ -151,7 +258,25 @@ def generation_options(function: Callable[..., None]) -> Callable[..., None]:
 
     Without them the checkpoint's generation_config.json decides, and where that is silent, the reference.
     """
-    return _gathered(function, "options", _GENERATION, {"max_tokens": ["-m"]})
+    return _gathered(function, "options", _GENERATION, _SPELLINGS)
+
+
+def run_options(model: "DiffusionGemma", options: dict[str, Any]) -> dict[str, Any]:
+    """The options as `model.prepare` takes them: stop tokens by name become ids.
+
+    Errors: ConfigError for a name that is no single token of this model, or that ends replies anyway.
+    """
+    options = dict(options)
+    extra = options.pop("extra_eos_token", ())
+    stop_ids = list(model.generation_config.stop_ids)
+    for name in extra:
+        ids = [known] if (known := model.tokenizer.id_of(name)) is not None else model.tokenizer.encode(name)
+        if len(ids) != 1:
+            raise ConfigError(f"--extra-eos-token {name!r} is {len(ids)} tokens of this model, expected one.")
+        if ids[0] in stop_ids:
+            raise ConfigError(f"--extra-eos-token {name!r} would do nothing: it ends a reply already.")
+        stop_ids += ids
+    return options | ({"stop_ids": tuple(stop_ids)} if extra else {})
 
 
 def _gathered(
@@ -162,8 +287,9 @@ def _gathered(
     @wraps(function)
     def gather(*args: Any, **values: Any) -> None:
         chosen = {name: values.pop(name) for name in table}
-        function(*args, **values, **{argument: {name: v for name, v in chosen.items() if v is not None}})
+        function(*args, **values, **{argument: {name: v for name, v in chosen.items() if v not in (None, ())}})
 
     for name, settings in reversed(table.items()):
-        click.option("--" + name.replace("_", "-"), *also.get(name, []), name, **settings)(gather)
+        spellings = dict.fromkeys(("--" + name.replace("_", "-"), *also.get(name, [])))
+        click.option(*spellings, name, cls=Option, **settings)(gather)
     return gather

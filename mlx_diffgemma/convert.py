@@ -5,12 +5,13 @@ The work is done in packing/; what the converter knows is data, in convert/.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import command
+from .cli import Option, command
 from .config import RELEASED, ModelConfig
 from .files.quantization import MODE_DEFAULTS, describe
 from .packing.recipes import DTYPES, Recipe, adhoc_recipe, load_recipe, recipe_names
@@ -87,23 +88,25 @@ def print_errors(errors: "dict[str, dict[str, Deviation]]") -> None:
     Console().print(table)
 
 
+_recipe_option = partial(click.option, cls=Option, section="In place of a recipe")
+_source_option = partial(click.option, cls=Option, section="Source")
+
+
 @command("convert")
-@click.option("--hf-path", "--model", default=RELEASED, show_default=True, metavar="PATH|REPO", help="What to convert.")
-@click.option("--revision", help="Branch, tag or commit of a Hub repository.")
+@click.option("--hf-path", "--model", default=RELEASED, metavar="PATH|REPO", help="[default: the released model]")
 @click.option("--mlx-path", default="mlx_model", show_default=True, metavar="PATH", help="The folder to make.")
 @click.option("--recipe", metavar="NAME|FILE.toml", help=f"{', '.join(recipe_names())}, or your own.  [default: q4]")
-@click.option("-q", "--quantize", "ad_hoc", is_flag=True, help="A recipe from the three options below.")
-@click.option("--q-bits", type=int, help="Bits per weight of the experts.")
-@click.option("--q-group-size", type=int, help="Weights that share a scale.")
-@click.option("--q-mode", type=click.Choice(list(MODE_DEFAULTS)), help="How they are packed.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Of everything that is not packed.  [default: the recipe's]")
-@click.option("--upload-repo", metavar="REPO", help="Upload the pack there.")
-@click.option("--dry-run", is_flag=True, help="Say what would be made, to the byte; download and write no weights.")
-@click.option(
-    "--verify", "verifying", is_flag=True, help="Re-read the pack against the source; converts if there is none."
-)
+@click.option("--dry-run", is_flag=True, help="Say what would be made, to the byte.")
+@click.option("--verify", "verifying", is_flag=True, help="Re-read the pack against the source.")
 @click.option("--force", is_flag=True, help="Replace a pack that is at --mlx-path.")
-@click.option("--ignore-key", multiple=True, metavar="KEY", help="An unknown config key that you know is harmless.")
+@click.option("--upload-repo", metavar="REPO", help="Upload the pack there.")
+@_recipe_option("-q", "--quantize", "ad_hoc", is_flag=True, help="A recipe from the three options below.")
+@_recipe_option("--q-bits", type=int, help="Bits per weight of the experts.")
+@_recipe_option("--q-group-size", type=int, help="Weights that share a scale.")
+@_recipe_option("--q-mode", type=click.Choice(list(MODE_DEFAULTS)), help="How they are packed.")
+@_recipe_option("--dtype", type=click.Choice(DTYPES), help="Of what is not packed.  [default: the recipe's]")
+@_source_option("--revision", help="Branch, tag or commit of a Hub repository.")
+@_source_option("--ignore-key", multiple=True, metavar="KEY", help="An unknown config key that you know is harmless.")
 def main(recipe: str | None, ad_hoc: bool, dtype: str | None, **wanted: Any) -> None:
     """Turn a DiffusionGemma checkpoint into an MLX pack that fits.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import command, generation_options, model_options, open_model
+from .cli import Option, command, generation_options, model_options, open_model, run_options
 from .errors import PromptError
 
 if TYPE_CHECKING:
@@ -23,17 +23,39 @@ EXAMPLE = "Solve this Sudoku:\n63. ...\n.15 63.\n.56 2..\n.21 ..5\n... 5..\n... 
 
 @command("generate")
 @model_options
-@click.option("-p", "--prompt", metavar="TEXT|@FILE|-", help="The prompt: text, a file's content, or standard input.")
-@click.option("--messages", metavar="FILE.json", help='A conversation instead: [{"role": …, "content": …}, …].')
-@click.option("--system-prompt", metavar="TEXT", help="Goes before the prompt.")
-@click.option("--thinking/--no-thinking", default=None, help="Ask the chat template for thinking, or for none.")
-@click.option("--show-thinking", is_flag=True, help="Print the thoughts before the answer.")
-@click.option("--json", "form", flag_value="json", help="Print one JSON object: text, ids, steps, timings, seed, …")
-@click.option("--events", "form", flag_value="events", help="Print one JSON line for each event as it happens.")
-@click.option("--noise", metavar="FILE", help="Repeat a run from the noise it saved, on any machine.")
-@click.option("--save-noise", metavar="FILE", help="Save the noise of this run.")
-@click.option("--record", metavar="FILE", help="Save what the canvas did as .svg, .html or .cast.")
-@click.option("--pace", type=click.FloatRange(0), default=0, metavar="SECONDS", help="Stay so long at every step.")
+@click.option("-p", "--prompt", metavar="TEXT|@FILE|-", help="Text, a file's content, or stdin.")
+@click.option(
+    "--messages",
+    cls=Option,
+    section="Prompt",
+    metavar="FILE.json",
+    help='A conversation instead: [{"role": …, "content": …}, …].',
+)
+@click.option("--system-prompt", cls=Option, section="Prompt", metavar="TEXT", help="Goes before the prompt.")
+@click.option(
+    "--thinking/--no-thinking", cls=Option, section="Prompt", default=None, help="Ask for thinking, or for none."
+)
+@click.option(
+    "--show-thinking", cls=Option, section="Output", is_flag=True, help="Print the thoughts before the answer."
+)
+@click.option("--json", "form", flag_value="json", help="One JSON object: text, ids, timings, …")
+@click.option(
+    "--events", "form", flag_value="events", cls=Option, section="Output", help="One JSON line for each event."
+)
+@click.option(
+    "--noise", cls=Option, section="Noise", metavar="FILE", help="Repeat a run from the noise it saved, on any machine."
+)
+@click.option("--save-noise", cls=Option, section="Noise", metavar="FILE", help="Save the noise of this run.")
+@click.option("--record", metavar="FILE", help="Save the canvas as .svg, .html or .cast.")
+@click.option(
+    "--pace",
+    type=click.FloatRange(0),
+    default=0,
+    metavar="SECONDS",
+    cls=Option,
+    section="Output",
+    help="Stay so long at every step.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print the reply and nothing else.")
 @generation_options
 def main(source: dict[str, Any], options: dict[str, Any], **wanted: Any) -> None:
@@ -82,7 +104,7 @@ class Reply:
         model = open_model(self.source, quiet=not self.talkative)
         if self.is_example and self.talkative:
             click.echo(EXAMPLE + "\n", err=True)
-        request = model.prepare(asked, enable_thinking=self.thinking, **self._run_options())
+        request = model.prepare(asked, enable_thinking=self.thinking, **self._run_options(model))
         recorder = request.record() if self.save_noise else None
         events = paced(request.events(), self.pace) if self.pace else request.events()
         result = show(events, *self._sinks(model, recording)).result
@@ -103,10 +125,10 @@ class Reply:
         recording.commit(asked[-1]["content"] + "\n\n")
         return recording
 
-    def _run_options(self) -> dict[str, Any]:
+    def _run_options(self, model: "DiffusionGemma") -> dict[str, Any]:
         from .generation.noise import RecordedNoise
 
-        return self.options | ({"noise": RecordedNoise.load(self.noise)} if self.noise else {})
+        return run_options(model, self.options) | ({"noise": RecordedNoise.load(self.noise)} if self.noise else {})
 
     def _sinks(self, model: "DiffusionGemma", recording: "Recording | None") -> "list[Sink]":
         from .terminal.sinks import Live, Voice, on_stdout

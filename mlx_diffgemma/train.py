@@ -4,12 +4,13 @@ import json
 import time
 import tomllib
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import command
+from .cli import Option, command
 from .errors import ConfigError, MemoryLimitError
 from .files.shipped import BUILT_IN
 
@@ -23,44 +24,50 @@ TARGETS = {"attention": "ATTENTION", "dense": "DENSE", "experts": "EXPERTS"}
 LORA = ("rank", "scale", "targets", "fuse", "peft")  # options that mean nothing without an adapter
 OWN = {"model", "from_scratch", "data", "output", "full", "exact_match", *LORA}  # the others are Settings'
 
+_lora_option = partial(click.option, cls=Option, section="LoRA")
+_further = partial(click.option, cls=Option, section="Training")
+_watching = partial(click.option, cls=Option, section="Watching it")
+
 
 @command("train")
-@click.option("--model", metavar="PATH|REPO", help="What to fine-tune.  [default: the small built-in model]")
-@click.option("--from-scratch", metavar="FOLDER", help="Instead: random weights; FOLDER has config and tokenizer.")
-@click.option("--data", metavar="PATH|REPO", help="train.jsonl and valid.jsonl: a folder, or a Hub dataset.")
-@click.option("--output", metavar="FOLDER", help="Checkpoints, log and the result.  [default: adapters]")
-@click.option("--config", metavar="FILE.toml", help="The same options in a file; the command line wins.")
-@click.option("--full", is_flag=True, default=None, help="Train every weight instead of a LoRA adapter.")
-@click.option("--rank", type=click.IntRange(1), help="LoRA rank.  [default: 16]")
-@click.option("--scale", type=float, help="LoRA scale, alpha / rank.  [default: 2]")
-@click.option("--targets", help="What LoRA adapts: attention, dense, experts.  [default: attention,dense]")
-@click.option("--steps", type=int, help="Optimizer steps.  [default: 800]")
-@click.option("--batch-size", type=int, help="Examples per gradient.  [default: 8]")
-@click.option("--accumulate", type=int, help="Gradients per step.  [default: 1]")
-@click.option("--learning-rate", type=float, help="At the end of the warmup.  [default: 1.5e-4]")
-@click.option("--warmup", type=int, help="Steps until then.  [default: 25]")
-@click.option("--optimizer", type=click.Choice(["adamw", "muon"]), help="[default: adamw]")
-@click.option("--max-length", type=int, help="Leave out longer examples.  [default: 4096 tokens]")
-@click.option("--checkpoint-layers", is_flag=True, default=None, help="Less memory, more time.  [default: if it must]")
-@click.option("--train-router", is_flag=True, default=None, help="With --full: train the choice of experts too.")
-@click.option("--seed", type=int, help="[default: 0]")
-@click.option("--evaluate-every", type=int, help="Steps between held-out losses.  [default: 100]")
-@click.option("--save-every", type=int, help="Steps between checkpoints.  [default: 100]")
-@click.option("--exact-match", type=click.IntRange(0), help="Held-out examples to answer each time.  [default: 0]")
-@click.option("--fuse", is_flag=True, default=None, help="Also write the model with the adapter merged.")
-@click.option("--peft", is_flag=True, default=None, help="Also write the adapter in PEFT's format, for transformers.")
-@click.option("--ignore-memory", is_flag=True, help="Start although the prediction says it will not fit.")
+@click.option("--model", metavar="PATH|REPO", help="What to fine-tune.  [default: the built-in one]")
+@click.option("--data", metavar="PATH|REPO", help="Folder or Hub dataset with train.jsonl.")
+@click.option("--output", "--adapter-path", metavar="DIR", help="Where the result goes.  [default: adapters]")
+@click.option("--steps", "--iters", type=int, metavar="N", help="Optimizer steps.  [default: 800]")
+@click.option("--batch-size", type=int, metavar="N", help="Examples per gradient.  [default: 8]")
+@click.option("--learning-rate", type=float, metavar="X", help="At the end of the warmup.  [default: 1.5e-4]")
+@click.option(
+    "--max-length", "--max-seq-length", metavar="N", type=int, help="Leave out longer examples.  [default: 4096]"
+)
+@click.option("--full", is_flag=True, default=None, help="Train every weight, no adapter.")
+@click.option("--config", metavar="FILE.toml", help="The same options in a file.")
+@_lora_option("--rank", type=click.IntRange(1), help="LoRA rank.  [default: 16]")
+@_lora_option("--scale", type=float, help="LoRA scale, alpha / rank.  [default: 2]")
+@_lora_option("--targets", help="What LoRA adapts: attention, dense, experts.  [default: attention,dense]")
+@_lora_option("--fuse", is_flag=True, default=None, help="Also write the model with the adapter merged.")
+@_lora_option("--peft", is_flag=True, default=None, help="Also write it in PEFT's format, for transformers.")
+@_further("--from-scratch", metavar="FOLDER", help="Random weights; FOLDER has config and tokenizer.")
+@_further("--accumulate", "--grad-accumulation-steps", type=int, help="Gradients per step.  [default: 1]")
+@_further("--warmup", type=int, help="Steps until the learning rate is reached.  [default: 25]")
+@_further("--optimizer", type=click.Choice(["adamw", "muon"]), help="[default: adamw]")
+@_further(
+    "--checkpoint-layers",
+    "--grad-checkpoint",
+    is_flag=True,
+    default=None,
+    help="Less memory, more time.  [default: if it must]",
+)
+@_further("--train-router", is_flag=True, default=None, help="With --full: train the choice of experts too.")
+@_further("--seed", type=int, help="[default: 0]")
+@_further("--ignore-memory", is_flag=True, help="Start although the prediction says it will not fit.")
+@_watching("--evaluate-every", "--steps-per-eval", type=int, help="Steps between held-out losses.  [default: 100]")
+@_watching("--save-every", type=int, help="Steps between checkpoints.  [default: 100]")
+@_watching("--exact-match", type=click.IntRange(0), help="Held-out examples to answer each time.  [default: 0]")
 def main(config: str | None, ignore_memory: bool, **options: Any) -> None:
     """Train by the denoising objective: one canvas of each answer is corrupted, and its clean text predicted.
 
     Data are JSON lines as mlx-lm reads them: {"messages": [...]} or {"prompt": ..., "completion": ...}; the last
     answer is what is learned. An interrupted run continues when the same command is given again.
-
-    \b
-    Memory, predicted before the start:
-      weights + 16 bytes per trained parameter (gradient, two moments, update)
-      + batch size x (length + 1.5 canvases) x what a layer keeps x layers (one layer with --checkpoint-layers)
-      + logits of 64 Mi entries at a time
     """
     chosen = {**_read_toml(config), **{key: value for key, value in options.items() if value is not None}}
     Run(chosen).main(ignore_memory)
@@ -206,7 +213,7 @@ class Run:
 
         if not self.full:
             adapters.save(network, self.lora, self.output)
-            self.say(f"Adapter: {self.output}  (mlx_diffgemma.generate --adapter {self.output})")
+            self.say(f"Adapter: {self.output}  (mlx_diffgemma.generate --adapter-path {self.output})")
             if self.options.get("peft"):
                 self._write_peft(network)
             if not self.options.get("fuse"):

@@ -249,11 +249,10 @@ class _Canvas:
     def _shaping(self, step: int) -> vocabulary.Shaping:
         """How this step turns the head's scores into logits."""
         settings, canvas = self.settings, self.canvas
+        t_min, t_max = settings.schedule
         return vocabulary.Shaping(
             cap=self.network.config.final_logit_softcapping,
-            temperature=sampler.temperature(
-                step, settings.max_denoising_steps, t_min=settings.t_min, t_max=settings.t_max
-            ),
+            temperature=sampler.temperature(step, settings.max_denoising_steps, t_min=t_min, t_max=t_max),
             forbidden=settings.stop_ids if settings.avoid_empty and self.index == 0 else (),
             positions=mx.arange(canvas.size) % canvas.shape[1] == 0,  # position 0 of every row
         )

@@ -26,6 +26,7 @@ class GenerationOptions(TypedDict, total=False):
     prefill_step_size: int
     sparse_signal: bool
     canvas_length: int | None
+    temperature: float
     greedy: bool
     avoid_empty: bool
 
@@ -35,7 +36,7 @@ class GenerationConfig:
     """How to generate. The defaults are transformers' (DiffusionGemmaGenerationConfig), the checkpoint's
     `generation_config.json` comes over them, and what the caller names over both.
 
-    Exact unless one of the last three is set: those depart from the reference and are reported in the
+    Exact unless one of the last four is set: those depart from the reference and are reported in the
     statistics of every result.
     """
 
@@ -53,6 +54,7 @@ class GenerationConfig:
     sparse_signal: bool = True  # the signal's full product only where a position is not one token to its precision
     # Departures from the reference, by name.
     canvas_length: int | None = None  # tokens; shorter canvases than the model's, for short answers
+    temperature: float = 1.0  # multiplies t_min and t_max; 0 is greedy, by the reference's temperatures
     greedy: bool = False  # the guess is the best token: no draw
     avoid_empty: bool = False  # no stop id at position 0 of the first canvas, in the signal too
 
@@ -65,6 +67,12 @@ class GenerationConfig:
         check("confidence_threshold", self.confidence_threshold, self.confidence_threshold >= 0, "at least 0")
         if self.canvas_length is not None:
             check("canvas_length", self.canvas_length, self.canvas_length >= 1, "at least 1")
+        scale = self.temperature
+        check("temperature", scale, scale == 0 or 0.001 <= scale <= 1000, "0 (greedy), or 0.001 … 1000")
+        if scale == 0:
+            check("greedy", self.greedy, not self.greedy, "nothing beside temperature 0, which says it already")
+            object.__setattr__(self, "greedy", True)
+            object.__setattr__(self, "temperature", 1.0)
 
     def replace(self, **options: Any) -> "GenerationConfig":
         """A copy with `options` set; an option that does not exist is a ConfigError with the nearest name."""
@@ -106,7 +114,13 @@ class GenerationConfig:
         return cls(**options)
 
     @property
+    def schedule(self) -> tuple[float, float]:
+        """What the temperature falls towards, and where it begins."""
+        return self.t_min * self.temperature, self.t_max * self.temperature
+
+    @property
     def departures(self) -> dict[str, Any]:
         """The options in force that make a run differ from the reference algorithm."""
-        named = {"canvas_length": self.canvas_length, "greedy": self.greedy, "avoid_empty": self.avoid_empty}
-        return {name: value for name, value in named.items() if value}
+        at_rest = {"canvas_length": None, "temperature": 1.0, "greedy": False, "avoid_empty": False}
+        named = {name: getattr(self, name) for name in at_rest}
+        return {name: value for name, value in named.items() if value != at_rest[name]}

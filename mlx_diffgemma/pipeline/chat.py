@@ -34,7 +34,7 @@ class Chat:
         that is kept, since it is denoised behind a fork of it."""
         messages = [*self.messages, {"role": "user", "content": text}]
         options = {**self.options, **options}
-        template = {k: options.pop(k, None) for k in ("enable_thinking", "tools")}
+        template = {k: options.pop(k, None) for k in ("enable_thinking", "tools", "template_options")}
         run = {k: options.pop(k, None) for k in ("seed", "noise")}
         ids = self.model.ids(messages, **template)
         lasting = self._lasting(ids, messages, template)

@@ -61,16 +61,25 @@ class DiffusionGemma:
         noise: Noise | None = None,
         enable_thinking: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
+        template_options: dict[str, Any] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Result | list[Result]:
         """Generate for one prompt (→ Result) or several at once (→ list of Results).
 
-        A prompt is text, chat messages, or ids; text becomes a user message. `options` are GenerationConfig's.
-        A batch's `seeds` give each row the noise of its own single run; `seed` gives rows seed, seed + 1, …
+        A prompt is text, chat messages, or ids; text becomes a user message. `options` are GenerationConfig's,
+        `template_options` further variables of the chat template. A batch's `seeds` give each row the noise of its own
+        single run; `seed` gives rows seed, seed + 1, …
         Errors: ConfigError for an option that does not exist, PromptError, TokenizerError, BusyError.
         """
         request = self.prepare(
-            prompt, seed=seed, seeds=seeds, noise=noise, enable_thinking=enable_thinking, tools=tools, **options
+            prompt,
+            seed=seed,
+            seeds=seeds,
+            noise=noise,
+            enable_thinking=enable_thinking,
+            tools=tools,
+            template_options=template_options,
+            **options,
         )
         results = request.run()
         return results if _is_batch(prompt) else results[0]
@@ -83,12 +92,21 @@ class DiffusionGemma:
         noise: Noise | None = None,
         enable_thinking: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
+        template_options: dict[str, Any] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Iterator[Event]:
         """The events of one generation as they happen: Prefilled, Denoised after every step, Committed with the
         text that became visible, Finished with the Result. Closing the iterator stops within a step. Errors: as
         `generate`, all but BusyError before the first event."""
-        request = self.prepare(prompt, seed=seed, noise=noise, enable_thinking=enable_thinking, tools=tools, **options)
+        request = self.prepare(
+            prompt,
+            seed=seed,
+            noise=noise,
+            enable_thinking=enable_thinking,
+            tools=tools,
+            template_options=template_options,
+            **options,
+        )
         return request.events()
 
     def prepare(
@@ -100,11 +118,14 @@ class DiffusionGemma:
         noise: Noise | None = None,
         enable_thinking: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
+        template_options: dict[str, Any] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> "Request":
         """Check everything that `generate` would, and run nothing yet. Errors: as `generate`, but for BusyError."""
         each = cast(list[Prompt], prompt if _is_batch(prompt) else [prompt])
-        prompts = [self.ids(p, enable_thinking=enable_thinking, tools=tools) for p in each]
+        prompts = [
+            self.ids(p, enable_thinking=enable_thinking, tools=tools, template_options=template_options) for p in each
+        ]
         return Request(self, prompts, options, Randomness(seed=seed, seeds=seeds, noise=noise))
 
     def chat(self, system: str | None = None, **options: Any) -> Chat:
@@ -117,6 +138,7 @@ class DiffusionGemma:
         *,
         enable_thinking: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
+        template_options: dict[str, Any] | None = None,
     ) -> list[int]:
         """A prompt as ids. Errors: PromptError for one that is neither text, messages nor ids of this model."""
         if isinstance(prompt, list) and prompt and all(isinstance(i, int) for i in prompt):
@@ -124,8 +146,10 @@ class DiffusionGemma:
             ids = cast(list[int], prompt)
             if bad := [i for i in ids if not 0 <= i < size]:
                 raise PromptError(f"the prompt has the id {bad[0]}; this model's ids are 0 … {size - 1}.")
-            if enable_thinking is not None or tools is not None:
-                raise PromptError("enable_thinking and tools go to the chat template; a prompt of ids has none.")
+            if enable_thinking is not None or tools is not None or template_options:
+                raise PromptError(
+                    "enable_thinking, tools and template_options go to the chat template; a prompt of ids has none."
+                )
             return list(ids)
         messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
@@ -133,7 +157,9 @@ class DiffusionGemma:
                 "a prompt is text, a list of messages {'role': …, 'content': …}, or a list of ids;"
                 f" got {str(prompt)[:60]!r}."
             )
-        return self.tokenizer.apply_chat_template(messages, enable_thinking=enable_thinking, tools=tools)
+        return self.tokenizer.apply_chat_template(
+            messages, enable_thinking=enable_thinking, tools=tools, template_options=template_options
+        )
 
 
 class Randomness:

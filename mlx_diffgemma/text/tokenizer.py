@@ -84,6 +84,8 @@ class Parts:
 CHANNEL, END_CHANNEL = "<|channel>", "<channel|>"
 TOOL_CALL, END_TOOL_CALL = "<|tool_call>", "<tool_call|>"
 QUOTE = '<|"|>'
+_TEMPLATE_OWN = {"messages", "add_generation_prompt"}  # what `render` itself says, besides tools and tokens
+_TEMPLATE_FUNCTIONS = {"raise_exception", "strftime_now", "namespace", "range", "dict", "cycler", "joiner"}
 OPEN = "open"  # a channel that the prompt opened
 
 
@@ -146,10 +148,11 @@ class Tokenizer:
         *,
         enable_thinking: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
+        template_options: dict[str, Any] | None = None,
     ) -> str:
         """The conversation as the model reads it, with the model's turn opened.
 
-        Errors: TokenizerError when there is no template, or it refuses the messages.
+        Errors: TokenizerError when there is no template, it refuses the messages, or it does not know an option.
         """
         if self.chat_template is None:
             raise TokenizerError("this checkpoint has no chat template: give the prompt as ids, or add one.")
@@ -161,6 +164,9 @@ class Tokenizer:
         options.setdefault("bos_token", "<bos>")
         if enable_thinking is not None:
             options["enable_thinking"] = enable_thinking
+        if template_options:
+            self._check_options(template_options, options.keys() | _TEMPLATE_OWN)
+            options |= template_options
         try:
             rendered, _ = render_jinja_template(
                 [messages], chat_template=self.chat_template, add_generation_prompt=True, **options
@@ -175,9 +181,28 @@ class Tokenizer:
         *,
         enable_thinking: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
+        template_options: dict[str, Any] | None = None,
     ) -> list[int]:
         """`render`, then `encode`."""
-        return self.encode(self.render(messages, enable_thinking=enable_thinking, tools=tools))
+        text = self.render(messages, enable_thinking=enable_thinking, tools=tools, template_options=template_options)
+        return self.encode(text)
+
+    def _check_options(self, given: dict[str, Any], taken: set[str]) -> None:
+        """Errors: TokenizerError for an option that has a place of its own, or that the template never reads."""
+        from jinja2 import Environment, TemplateError, meta
+
+        if both := sorted(given.keys() & taken):
+            raise TokenizerError(f"template option {both[0]!r} is given elsewhere already: leave it out here.")
+        try:
+            parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(self.chat_template or "")
+        except TemplateError:
+            return  # rendering says what is wrong with it
+        read = meta.find_undeclared_variables(parsed)
+        if unread := sorted(given.keys() - read):
+            raise TokenizerError(
+                f"the chat template does not read the option {unread[0]!r}: it would do nothing.\n"
+                f"It reads {', '.join(sorted(read - taken - _TEMPLATE_FUNCTIONS)) or 'no options'}."
+            )
 
     def split(self, ids: list[int] | tuple[int, ...], *, open_channel: bool = False) -> Parts:
         """Take an answer apart: `<|channel>thought … <channel|>` is thinking, `<|tool_call>…` a tool call, the
