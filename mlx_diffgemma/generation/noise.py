@@ -1,5 +1,6 @@
 """Where randomness comes from. A run needs three things: the first canvas, one uniform draw per position and step
-(the guess inverts the distribution at it), and random ids for the positions that are renoised.
+(the guess inverts the distribution at it), and random ids for the positions that are renoised. Token by token it needs
+one draw a token.
 
 Random generators differ between frameworks and devices, so a run is repeated elsewhere from its recorded
 noise, not from its seed.
@@ -9,15 +10,17 @@ import json
 import os
 import zipfile
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from ..disk import replacing
 from ..errors import NoiseError
+from .settings import Decoding
 
 CANVAS, DRAWS, IDS = range(3)
+TOKEN = 4
 
 
 class Noise(Protocol):
@@ -33,6 +36,10 @@ class Noise(Protocol):
 
     def ids(self, index: int, step: int) -> mx.array:
         """Fresh ids for the positions that are not accepted, int32 [B, L], uniform over the whole vocabulary."""
+        ...
+
+    def token(self, number: int) -> mx.array:
+        """One number in [0, 1) per row, float32 [B], at which token `number` of autoregressive decoding is drawn."""
         ...
 
 
@@ -54,6 +61,9 @@ class SeededNoise:
     def ids(self, index: int, step: int) -> mx.array:
         return self._ids(IDS, index, step)
 
+    def token(self, number: int) -> mx.array:
+        return mx.concatenate([mx.random.uniform(shape=(1,), key=key) for key in self._keys(TOKEN, number)])
+
     def _ids(self, purpose: int, index: int, step: int) -> mx.array:
         keys = self._keys(purpose, index, step)
         return mx.stack([mx.random.randint(0, self.vocabulary, (self.length,), mx.int32, key=k) for k in keys])
@@ -74,10 +84,19 @@ def _mixed(seed: int, *path: int) -> int:
 
 
 class RecordedNoise:
-    """Noise read from a recording: `canvas` [C, B, L], `draws` and `ids` [C, S, B, L] for C canvases, S steps."""
+    """Noise read from a recording: `canvas` [C, B, L], `draws` and `ids` [C, S, B, L] for C canvases, S steps; of
+    autoregressive decoding `tokens` [T, B], and no canvases."""
 
-    def __init__(self, canvas: np.ndarray, draws: np.ndarray, ids: np.ndarray, *, name: str = "the recording"):
-        self._canvas, self._draws, self._ids, self.name = canvas, draws, ids, name
+    def __init__(
+        self,
+        canvas: np.ndarray,
+        draws: np.ndarray,
+        ids: np.ndarray,
+        tokens: np.ndarray | None = None,
+        *,
+        name: str = "the recording",
+    ):
+        self._canvas, self._draws, self._ids, self._tokens, self.name = canvas, draws, ids, tokens, name
         if canvas.ndim != 3 or draws.shape != ids.shape or draws.shape[:1] + draws.shape[2:] != canvas.shape:
             raise NoiseError(
                 f"{name}: the shapes of the noise do not fit together: canvas {canvas.shape}, draws {draws.shape},"
@@ -89,13 +108,18 @@ class RecordedNoise:
         """Read a file written by `NoiseRecorder.save` or by convert/record_reference.py. Errors: NoiseError."""
         try:
             with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-                return cls(file["canvas"], file["draws"], file["ids"], name=str(path))
+                return cls(file["canvas"], file["draws"], file["ids"], file.get("tokens"), name=str(path))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise NoiseError(f"{path}: not a readable recording of noise: {error}.") from error
 
     @property
     def batch_size(self) -> int:
         return self._canvas.shape[1]
+
+    @property
+    def decoding(self) -> Decoding:
+        """Which decoding it was recorded of."""
+        return "diffusion" if self._tokens is None else "autoregressive"
 
     @property
     def length(self) -> int:
@@ -114,6 +138,15 @@ class RecordedNoise:
         self._check(index, step)
         return mx.array(self._ids[index, step]).astype(mx.int32)
 
+    def token(self, number: int) -> mx.array:
+        count = 0 if self._tokens is None else len(self._tokens)
+        if self._tokens is None or number >= count:
+            raise NoiseError(
+                f"{self.name} holds noise for {count} tokens; this run asks for one more.\n"
+                "Use the settings it was recorded with, or record a longer run."
+            )
+        return mx.array(self._tokens[number]).astype(mx.float32)
+
     def _check(self, index: int, step: int) -> None:
         canvases, steps = self._ids.shape[:2]
         if index >= canvases or step >= steps:
@@ -130,6 +163,7 @@ class NoiseRecorder:
         self.noise = noise
         self._canvases: dict[int, np.ndarray] = {}
         self._steps: dict[tuple[int, int, int], np.ndarray] = {}
+        self._tokens: dict[int, np.ndarray] = {}
 
     def canvas(self, index: int) -> mx.array:
         array = self.noise.canvas(index)
@@ -142,17 +176,31 @@ class NoiseRecorder:
     def ids(self, index: int, step: int) -> mx.array:
         return self._keep(IDS, index, step, self.noise.ids(index, step))
 
+    def token(self, number: int) -> mx.array:
+        array = self.noise.token(number)
+        self._tokens[number] = np.array(array)
+        return array
+
     def _keep(self, purpose: int, index: int, step: int, array: mx.array) -> mx.array:
         self._steps[purpose, index, step] = np.array(array)
         return array
 
     def save(self, path: str | os.PathLike, **provenance: object) -> None:
         """Write what was used; `provenance` goes in as JSON. What was at `path` is replaced at the end."""
+        arrays = self._of_tokens() if self._tokens else self._of_canvases()
+        with replacing(path) as file:
+            np.savez_compressed(file, provenance=json.dumps(provenance), **arrays)
+
+    def _of_canvases(self) -> dict[str, Any]:
         canvas = np.stack([self._canvases[c] for c in sorted(self._canvases)])
         steps = 1 + max(step for _, _, step in self._steps)
         shape = (canvas.shape[0], steps, *canvas.shape[1:])
         draws, ids = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
         for (purpose, c, step), array in self._steps.items():
             (draws if purpose == DRAWS else ids)[c, step] = array
-        with replacing(path) as file:
-            np.savez_compressed(file, canvas=canvas, draws=draws, ids=ids, provenance=json.dumps(provenance))
+        return {"canvas": canvas, "draws": draws, "ids": ids}
+
+    def _of_tokens(self) -> dict[str, Any]:
+        tokens = np.stack([self._tokens[number] for number in sorted(self._tokens)])  # [T, B]
+        none = np.zeros((0, 0, tokens.shape[1], 0), np.float32)
+        return {"canvas": none[0:0].reshape(0, tokens.shape[1], 0), "draws": none, "ids": none, "tokens": tokens}

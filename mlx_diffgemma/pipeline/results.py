@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from ..generation.events import CanvasRow, Committed, Denoised, Event, Finished, Statistics
 from ..text.tokenizer import Tokenizer
+from .pace import Pace
 
 Decode = Callable[[list[int]], str]  # ids → text
 
@@ -24,13 +25,32 @@ class Result:
     canvases: tuple[CanvasRow, ...]
     statistics: Statistics  # of the whole run: in a batch, of all rows together
     seed: int | None  # None when the noise was recorded
+    hint: str = ""  # whether the other decoding would have been faster, once this process has measured both
+
+    @property
+    def logprobs(self) -> tuple[float, ...] | None:
+        """Log-probability of every token given its left, a stop id included, nats; None without `logprobs`."""
+        parts = [canvas.logprobs for canvas in self.canvases if canvas.logprobs is not None]
+        return tuple(p for part in parts for p in part) if parts else None
+
+    @property
+    def avg_logprob(self) -> float | None:
+        """Their mean, nats a token."""
+        logprobs = self.logprobs
+        return sum(logprobs) / len(logprobs) if logprobs else None
 
 
 class Answers:
     """A run's reader (see generation.events): ids → what every row has said so far."""
 
-    def __init__(self, tokenizer: Tokenizer | None, prompts: Sequence[list[int]], seeds: Sequence[int | None]):
-        self.seeds = seeds
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int | None],
+        pace: Pace | None = None,
+    ):
+        self.seeds, self.pace = seeds, pace
         self._answers = [_Answer(tokenizer, prompt) for prompt in prompts]
 
     def read(self, row: int, ids: tuple[int, ...], *, last: bool) -> tuple[str, str]:
@@ -48,6 +68,7 @@ class Answers:
             canvases=canvases,
             statistics=statistics,
             seed=self.seeds[row],
+            hint=self.pace.hint(canvases, statistics) if self.pace and len(self.seeds) == 1 else "",
         )
 
 
@@ -88,6 +109,8 @@ def result_json(result: Result) -> dict[str, Any]:
         "ids": list(result.tokens),
         "finish_reason": result.finish_reason,
         "seed": result.seed,
+        "avg_logprob": result.avg_logprob,
+        "hint": result.hint,
         "canvases": [_canvas_json(canvas) for canvas in result.canvases],
         "statistics": statistics_json(result.statistics),
     }
@@ -120,5 +143,5 @@ def only_row(array: mx.array) -> list[Any]:
 
 
 def _canvas_json(canvas: CanvasRow) -> dict[str, Any]:
-    """Without its text, which stands beside it."""
-    return {name: value for name, value in asdict(canvas).items() if name not in ("text", "thinking")}
+    """Without its text, which stands beside it, and without scores that were not asked for."""
+    return {k: v for k, v in asdict(canvas).items() if k not in ("text", "thinking") and v is not None}

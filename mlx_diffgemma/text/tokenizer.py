@@ -129,6 +129,11 @@ class Tokenizer:
         """The id of a token by its exact name, or None."""
         return self.vocabulary.id_of(token)
 
+    @property
+    def bos_id(self) -> int | None:
+        """The id that texts begin with."""
+        return self.id_of(self.config.get("bos_token") or "<bos>")
+
     def encode(self, text: str) -> list[int]:
         """Text → ids, nothing added."""
         return self.vocabulary.encode(text)
