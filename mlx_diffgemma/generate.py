@@ -13,7 +13,8 @@ from .cli import Option, command, generation_options, model_options, open_model,
 from .errors import PromptError
 
 if TYPE_CHECKING:
-    from .pipeline.model import DiffusionGemma
+    from .pipeline.model import DiffusionGemma, Request
+    from .pipeline.results import Result
     from .terminal.recording import Recording
     from .terminal.sinks import Sink
     from .text.tokenizer import Message
@@ -106,8 +107,11 @@ class Reply:
             click.echo(EXAMPLE + "\n", err=True)
         request = model.prepare(asked, enable_thinking=self.thinking, **self._run_options(model))
         recorder = request.record() if self.save_noise else None
-        events = paced(request.events(), self.pace) if self.pace else request.events()
-        result = show(events, *self._sinks(model, recording)).result
+        if request.settings.chooses:
+            result = self._chosen(request)
+        else:
+            events = paced(request.events(), self.pace) if self.pace else request.events()
+            result = show(events, *self._sinks(model, recording)).result
         if recorder and self.save_noise:
             settings, tuning = dataclasses.asdict(request.settings), result.statistics.tuning
             recorder.save(self.save_noise, prompt=asked, settings=settings, seed=result.seed, tuning=tuning)
@@ -115,6 +119,19 @@ class Reply:
             click.echo(json.dumps(result_json(result), ensure_ascii=False))
         elif self.talkative:
             click.echo(summary(result), err=True)
+
+    def _chosen(self, request: "Request") -> "Result":
+        """An answer chosen among several: there is nothing to show before it is there."""
+        for name, given in (("events", self.form == "events"), ("record", self.record), ("pace", self.pace)):
+            if given:
+                raise click.UsageError(f"--best-of and --retries choose among whole answers: --{name} shows none.")
+        if self.save_noise:
+            raise click.UsageError("--best-of and --retries draw several answers: repeat the one given by its --seed.")
+        [result] = request.run()
+        if self.form is None:
+            thought = f"[thinking]\n{result.thinking}\n[answer]\n" if self.show_thinking and result.thinking else ""
+            click.echo(thought + result.text)
+        return result
 
     def _recording(self, asked: "list[Message]") -> "Recording | None":
         from .terminal.recording import Recording

@@ -22,6 +22,8 @@ STYLES = {
     "unsure": ("90", "2", "#6b7280"),
     "noise": ("2;90", "2", "#454c59"),
     "status": ("36", "", "#5eb7c9"),
+    "doubted": ("33", "4", "#e5c07b"),
+    "odd": ("1;31", "1;4", "#e06c75"),
 }
 
 
@@ -41,7 +43,7 @@ class Painter:
         """What was accepted is plain, what changed stands out, the rest fades with its entropy into noise."""
         before = self.before or best
         cells: list[Cell] = []
-        for i, glyphs in enumerate(self._pieces(best)):
+        for i, glyphs in enumerate(self.pieces(best)):
             if accepted[i] or entropy[i] < NOISY:
                 style = "" if accepted[i] else "likely" if entropy[i] < SURE else "unsure"
                 style = "changed" if best[i] != before[i] else style
@@ -56,7 +58,7 @@ class Painter:
         """A glyph that stands for a random id. Not its text: that would push the words about."""
         return NOISE[(ident + 5 * k) % len(NOISE)] if self.color else NOISE[0]
 
-    def _pieces(self, ids: list[int]) -> list[Sequence[Glyph]]:
+    def pieces(self, ids: list[int]) -> list[Sequence[Glyph]]:
         """The glyphs of each id. Bytes of one character are decoded together and shown at the first of them."""
         pieces: list[Sequence[Glyph]] = [self.glyphs((i,)) for i in ids]
         start = 0
