@@ -257,7 +257,7 @@ class _Canvas:
             accepted_count=tuple(map(int, counts)),
             mean_entropy=tuple(means),
             settled=tuple(map(bool, settled)),
-            early=tuple(map(bool, early)),
+            early=tuple(map(bool, early)) if self.settings.stable_answer else (),
         )
 
 
@@ -279,7 +279,7 @@ class _Trace:
                 self.accepted[row].append(event.accepted_count[row])
                 self.mean_entropy[row] = event.mean_entropy[row]
                 self.settled[row] = event.settled[row]
-                self.early[row] = event.early[row]
+                self.early[row] = bool(event.early) and event.early[row]
 
     def row(self, row: int) -> dict[str, Any]:
         """A CanvasRow's fields."""

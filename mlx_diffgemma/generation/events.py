@@ -33,7 +33,7 @@ class Denoised:
     accepted_count: tuple[int, ...]
     mean_entropy: tuple[float, ...]  # nats
     settled: tuple[bool, ...]  # the row is over
-    early: tuple[bool, ...]  # it is over only because its answer stayed the same (settings.stable_answer)
+    early: tuple[bool, ...] = ()  # it is over only because its answer stayed the same; empty without stable_answer
 
 
 @dataclass(frozen=True, kw_only=True)

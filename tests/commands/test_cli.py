@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
+import click
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner, Result
@@ -167,7 +168,8 @@ def test_every_command_is_listed_and_every_option_explained() -> None:
     for name in COMMANDS:
         command = main.get_command(None, name)  # type: ignore[arg-type]
         assert command is not None
-        unexplained = [option.name for option in command.params if not getattr(option, "help", None)]
+        options = [option for option in command.params if isinstance(option, click.Option)]
+        unexplained = [option.name for option in options if not option.help]
         assert not unexplained, f"{name}: {unexplained}"
     assert run("--version").stdout == f"mlx_diffgemma, version {__version__}\n"
 
