@@ -25,6 +25,7 @@ COMMANDS = {
     "score": "Say how likely the model finds a text.",
     "convert": "Turn the released checkpoint into an MLX pack that fits.",
     "check": "Check this installation and a model against the recorded reference.",
+    "evaluate": "Run tasks of EleutherAI's lm-eval.",
     "bench": "Measure this machine; compare two measurements.",
     "train": "Fine-tune with LoRA or in full, by the denoising objective.",
     "fuse": "Merge a LoRA adapter into its model.",

@@ -109,12 +109,16 @@ class Scores:
     """Log-probabilities of N tokens, nats; `top` has the likeliest k of each place, best first, if asked for."""
 
     logprobs: list[float]
+    best: list[int]  # the likeliest token of each place
     top: list[tuple[tuple[int, float], ...]] | None
 
     def split(self, count: int) -> "tuple[Scores, Scores]":
         """The first `count`, and the rest."""
         first, rest = (None, None) if self.top is None else (self.top[:count], self.top[count:])
-        return Scores(logprobs=self.logprobs[:count], top=first), Scores(logprobs=self.logprobs[count:], top=rest)
+        return (
+            Scores(logprobs=self.logprobs[:count], best=self.best[:count], top=first),
+            Scores(logprobs=self.logprobs[count:], best=self.best[count:], top=rest),
+        )
 
     def fields(self) -> dict[str, Any]:
         """As a CanvasRow has them."""
@@ -138,7 +142,12 @@ def score(
     logits = shaping(block_scores(hidden, table, ids // size, size), (ids // size)[:, None] * size + mx.arange(size))
     own = mx.take_along_axis(logits, (ids % size)[:, None], axis=-1)[:, 0]
     logprobs = mx.minimum(own - total, 0.0)  # rounding may put one token above all of them
-    return Scores(logprobs=cast(list[float], logprobs.tolist()), top=_top(hidden, table, shaping, total, top))
+    mx.eval(logprobs, whole.best)
+    return Scores(
+        logprobs=cast(list[float], logprobs.tolist()),
+        best=cast(list[int], whole.best.tolist()),
+        top=_top(hidden, table, shaping, total, top),
+    )
 
 
 def _top(

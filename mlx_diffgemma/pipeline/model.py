@@ -150,11 +150,11 @@ class DiffusionGemma:
         if answer is None:
             if not isinstance(text, str) and not _is_ids(text):
                 raise PromptError("to score an answer, give messages and `answer`; without it, text or ids.")
-            return self._score(self._text_ids(text) if isinstance(text, str) else self.ids(text), 1, stride)
+            return self.score_from(self.text_ids(text) if isinstance(text, str) else self.ids(text), 1, stride=stride)
         asked = self.ids(text)
-        return self._score([*asked, *self._answer_ids(answer)], len(asked), stride)
+        return self.score_from([*asked, *self._answer_ids(answer)], len(asked), stride=stride)
 
-    def _text_ids(self, text: str) -> list[int]:
+    def text_ids(self, text: str) -> list[int]:
         """A bare text as the model was trained to read it: behind <bos>."""
         ids, bos = self.tokenizer.encode(text), self.tokenizer.bos_id
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
@@ -166,7 +166,8 @@ class DiffusionGemma:
         ends = [i for i in self.generation_config.stop_ids if i in marks] or list(self.generation_config.stop_ids)
         return ids + ends[:1]
 
-    def _score(self, ids: list[int], start: int, stride: int | None) -> TextScores:
+    def score_from(self, ids: list[int], start: int, *, stride: int | None = None) -> TextScores:
+        """`score` of the ids from number `start` on. Errors: as `score`."""
         if not self._lock.acquire(blocking=False):
             raise BusyError("this model is generating already; a model serves one thread at a time.\nWait for it.")
         try:

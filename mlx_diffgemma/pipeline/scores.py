@@ -18,6 +18,7 @@ class TextScores:
 
     tokens: tuple[int, ...]  # those that were scored: not the ones that were only read
     logprobs: tuple[float, ...]
+    best: tuple[int, ...]  # what greedy decoding would have written at each place
 
     @property
     def total(self) -> float:
@@ -56,9 +57,12 @@ def score_ids(
     if stride is not None and not 1 <= stride < limit:
         raise PromptError(f"the stride is {stride} tokens, expected 1 … {limit - 1}: less than the model's context.")
     logprobs: list[float] = []
+    best: list[int] = []
     for first, scored, end in _windows(len(ids), start, limit, stride or limit - 1):
-        logprobs += _window(network, ids[first:end], scored - first, chunk)
-    return TextScores(tokens=tuple(ids[start:]), logprobs=tuple(logprobs))
+        for found in _window(network, ids[first:end], scored - first, chunk):
+            logprobs += found.logprobs
+            best += found.best
+    return TextScores(tokens=tuple(ids[start:]), logprobs=tuple(logprobs), best=tuple(best))
 
 
 def _windows(length: int, start: int, limit: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -72,22 +76,22 @@ def _windows(length: int, start: int, limit: int, stride: int) -> Iterator[tuple
         first += stride
 
 
-def _window(network: Network, ids: list[int], start: int, chunk: int) -> Iterator[float]:
-    """Log-probabilities of the tokens from `start` on."""
+def _window(network: Network, ids: list[int], start: int, chunk: int) -> Iterator[vocabulary.Scores]:
+    """Scores of the tokens from `start` on, chunk by chunk."""
     cache = network.make_cache(canvas_length=chunk)
     cache.reserve(len(ids))
     for begin in range(0, len(ids) - 1, chunk):
-        yield from _chunk(network, cache, ids[begin : begin + chunk + 1], max(0, start - 1 - begin))
+        yield _chunk(network, cache, ids[begin : begin + chunk + 1], max(0, start - 1 - begin))
 
 
-def _chunk(network: Network, cache: PrefixCache, ids: list[int], skipped: int) -> list[float]:
+def _chunk(network: Network, cache: PrefixCache, ids: list[int], skipped: int) -> vocabulary.Scores:
     """Read all but the last of the ids, and score all but the first, without the first `skipped` of these."""
     hidden = network.encode(mx.array([ids[:-1]], mx.int32), cache)[0]  # [T, H]
     if skipped >= len(ids) - 1:
         mx.eval(cache.state)
-        return []
+        return vocabulary.Scores(logprobs=[], best=[], top=None)
     shaping = vocabulary.Shaping(cap=network.config.final_logit_softcapping, temperature=1.0)
     targets, table = mx.array(ids[1 + skipped :], mx.int32), network.decoder.embed_tokens
     found = vocabulary.score(hidden[skipped:], table, shaping, targets, tuning=network.tuning)
     mx.eval(cache.state)
-    return found.logprobs
+    return found

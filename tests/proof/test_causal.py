@@ -143,7 +143,7 @@ def test_greedy_answers_are_the_references(demo: DiffusionGemma, record_summary)
 
 def test_perplexity_is_the_references_to_six_digits(demo: DiffusionGemma) -> None:
     text = "\n".join(f"{example.prompt}\n{example.answer}" for example in train_demo.structured(3, 6))
-    ids = demo._text_ids(text)
+    ids = demo.text_ids(text)
     logits = torch.from_numpy(causal_logits(truth(), np.array([ids]), np.zeros(1, int)))[0, :-1]
     nats = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:])).item()
     found = demo.score(text)
