@@ -29,6 +29,7 @@ from mlx_diffgemma.generation.noise import SeededNoise
 from mlx_diffgemma.generation.settings import GenerationConfig
 from mlx_diffgemma.model.network import Network
 from mlx_diffgemma.proof.recordings import small_network
+from mlx_diffgemma.readers import read_json
 from mlx_diffgemma.text.tokenizer import Tokenizer
 
 
@@ -260,7 +261,7 @@ def load(options: argparse.Namespace) -> tuple[dict[str, Any], Network, Generati
     messages = [[{"role": "user", "content": text}] for text in options.prompt or common.PROMPTS]
     prompts = [tokenizer.apply_chat_template(message) for message in messages]
     network = weights.load_network(folder)
-    return checkpoint.read_json(folder / "config.json"), network, settings.replace(stop_ids=stop_ids), prompts
+    return read_json(folder / "config.json"), network, settings.replace(stop_ids=stop_ids), prompts
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

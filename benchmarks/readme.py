@@ -1,8 +1,9 @@
-"""Write the generated tables anew, each between its markers in README.md or benchmarks/README.md.
+"""Write the generated tables anew, each between its markers in a page of docs/ or benchmarks/README.md.
 
     python -m benchmarks.readme
 
     recipes   what each recipe makes of the released shapes: computed
+    macs      the most bits that fit a Mac: computed
     roofline  which recipe for which Mac, and how fast it may be: computed (benchmarks/roofline.py)
     step      our step beside mlx-vlm's: from benchmarks/results/step.json; empty while there is no such file
     quality   what each recipe keeps of the built-in model: likewise from recipes.json
@@ -12,22 +13,26 @@ tests/test_readme.py holds the files to them.
 """
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from benchmarks import common, ideas, roofline
 from benchmarks import recipes as measured_recipes
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.files import checkpoint, layout
+from mlx_diffgemma.files import layout
 from mlx_diffgemma.model import memory
 from mlx_diffgemma.packing import plan
 from mlx_diffgemma.packing.recipes import load_recipe
+from mlx_diffgemma.readers import read_json
 
 RESULTS = Path(__file__).with_name("results")
 RECIPES = ("q8", "q6", "q4-bf16", "q4", "mxfp4", "q3", "q2")
 PREFIXES = (4096, 131_072)  # that a Mac must have room for
 PLACES = {
-    common.ROOT / "README.md": ("recipes", "roofline", "step", "quality"),
+    common.ROOT / "docs" / "getting-started.md": ("macs",),
+    common.ROOT / "docs" / "conversion.md": ("recipes",),
+    common.ROOT / "docs" / "measured.md": ("roofline", "step", "quality"),
     common.ROOT / "benchmarks" / "README.md": ("ideas",),
 }
 
@@ -36,10 +41,15 @@ def blocks(results: Path = RESULTS) -> dict[str, str]:
     """What belongs between the markers, by name."""
     measured = {"step": ("step.json", step), "quality": ("recipes.json", quality), "ideas": ("ideas.json", idea_table)}
     made = {
-        name: write(checkpoint.read_json(results / file)) if (results / file).exists() else ""
+        name: write(read_json(results / file)) if (results / file).exists() else ""
         for name, (file, write) in measured.items()
     }
-    return {"recipes": recipes(), "roofline": roofline.readme_section() + "\n", **made}
+    return {"macs": macs(), "recipes": recipes(), "roofline": _roofline(), **made}
+
+
+@cache
+def _roofline() -> str:
+    return roofline.readme_section() + "\n"
 
 
 def place(text: str, name: str) -> tuple[int, int]:
@@ -62,22 +72,49 @@ def written(text: str, tables: dict[str, str]) -> str:
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
+@cache
 def recipes() -> str:
     """What each recipe makes of the released shapes, and the smallest Mac for 4K and 128K tokens of prefix."""
-    config = ModelConfig.from_dict(checkpoint.read_json(roofline.RELEASED))
     rows = [
         "| recipe | experts | the rest | GB | bits a weight | Mac, 4K prefix | Mac, 128K prefix |",
         "|---" * 7 + "|",
     ]
+    config = _released()
     for name in RECIPES:
         sizes = plan.sizes(recipe := load_recipe(name), plan.plan(recipe, layout.sources(config)))
         whole = plan.Size.sum(sizes.values())
-        text = whole.nbytes - sizes["vision"].nbytes
-        macs = [_macs(memory.memory_needed(config, text, prefix)) for prefix in PREFIXES]
+        macs = [_macs(memory.memory_needed(config, _text_bytes(sizes), prefix)) for prefix in PREFIXES]
         label = f"`{name}`" + " (default)" * (name == "q4") + " (experimental)" * recipe.experimental
         figures = (f"{whole.nbytes / 1e9:.1f}", f"{whole.bits_per_weight:.1f}")
         rows.append(f"| {' | '.join((label, sizes['experts'].packing, sizes['attention'].packing, *figures, *macs))} |")
     return "\n".join(rows) + "\n"
+
+
+@cache
+def macs() -> str:
+    """For each memory of a Mac the most bits that fit, as it comes and with a raised limit, and how much prefix."""
+    config = _released()
+    planned = {name: plan.plan(load_recipe(name), layout.sources(config)) for name in RECIPES}
+    nbytes = {name: _text_bytes(plan.sizes(load_recipe(name), tensors)) for name, tensors in planned.items()}
+    rows = ["| Mac | with 4K tokens of context | with 32K | with 128K |", "|---" * 4 + "|"]
+    for mac in (mac for mac in memory.MACS if mac <= 48):
+        cells = []
+        for prefix in (4096, 32_768, 131_072):
+            fits = {name: memory.smallest_macs(memory.memory_needed(config, nbytes[name], prefix)) for name in RECIPES}
+            normal, raised = (next((n for n in RECIPES if (fits[n][i] or 1 << 30) <= mac), None) for i in (0, 1))
+            more = f" (`{raised}`)" if raised and raised != normal else ""
+            cells.append((f"`{normal}`" if normal else "–") + more)
+        rows.append(f"| {mac} GB | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _released() -> ModelConfig:
+    return ModelConfig.from_dict(read_json(roofline.RELEASED))
+
+
+def _text_bytes(sizes: dict[str, plan.Size]) -> int:
+    """Bytes of all that the text network loads."""
+    return plan.Size.sum(sizes.values()).nbytes - sizes["vision"].nbytes
 
 
 def _macs(needed: int) -> str:

@@ -21,10 +21,10 @@ from typing import Any
 from benchmarks import common
 from mlx_diffgemma.config import LayerConfig, ModelConfig
 from mlx_diffgemma.files import layout
-from mlx_diffgemma.files.checkpoint import read_json
 from mlx_diffgemma.model.memory import SYSTEM, memory_needed
 from mlx_diffgemma.packing import plan
 from mlx_diffgemma.packing.recipes import load_recipe, recipe_names
+from mlx_diffgemma.readers import read_json
 
 RELEASED = common.ROOT / "tests" / "data" / "released" / "config.json"
 MACS = Path(__file__).with_name("macs.toml")

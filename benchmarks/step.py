@@ -34,11 +34,11 @@ from mlx_vlm.models.diffusion_gemma import language as peer_language
 from benchmarks import common, models, roofline
 from benchmarks.models import Arrays
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.files import checkpoint
 from mlx_diffgemma.generation import sampler, vocabulary
 from mlx_diffgemma.generation.noise import SeededNoise
 from mlx_diffgemma.generation.settings import GenerationConfig
 from mlx_diffgemma.model.network import Network
+from mlx_diffgemma.readers import read_json
 
 STEPS, STEP = 48, 10  # a step in the middle of the schedule
 SETTINGS = GenerationConfig()
@@ -292,7 +292,7 @@ def _ratio(mine: float | None, other: float | None) -> float | None:
 
 def forward_shares(prefix: int) -> dict[str, float]:
     """The forward's share of a step of the 26B model in q4: published ones, and those of roofline.py's bounds."""
-    released = ModelConfig.from_dict(checkpoint.read_json(roofline.RELEASED))
+    released = ModelConfig.from_dict(read_json(roofline.RELEASED))
     parts = roofline.step(roofline.Model.of(released, "q4"), prefix=prefix)
     forward = [part for part in parts if part.name not in ("head", "signal")]
     chips = [roofline.Macs.read().chips[name] for name in CHIPS]

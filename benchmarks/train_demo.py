@@ -244,7 +244,7 @@ def pieces() -> list[str]:
 
 
 def write_tokenizer(folder: Path) -> int:
-    """Write tokenizer.model, its config and the chat template; returns the vocabulary's size.
+    """Write tokenizer.model and tokenizer.json, their config and the chat template; returns the vocabulary's size.
 
     A unigram model in which every piece costs the same: the fewest pieces win. Bytes catch what is left.
     """
@@ -263,7 +263,11 @@ def write_tokenizer(folder: Path) -> int:
             piece, score, form = fixed[i], 0.0, kind.USER_DEFINED
             form = {0: kind.CONTROL, 1: kind.CONTROL, 2: kind.CONTROL, 3: kind.UNKNOWN}.get(i, form)
         elif (word := next(ordinary, None)) is not None:
-            piece, score, form = word.replace(" ", "\u2581"), -10.0 - i / 1000, kind.NORMAL
+            piece, score, form = (
+                word.replace(" ", "\u2581"),
+                -10.0 - i / 1024,
+                kind.NORMAL,
+            )  # exact in float32, so that sums do not depend on their order
         else:
             piece, score, form = f"<unused{i}>", -99.0, kind.UNUSED
         model.pieces.add(piece=piece, score=score, type=form)
@@ -276,13 +280,43 @@ def write_tokenizer(folder: Path) -> int:
     normalizer.escape_whitespaces = True
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    (folder / "tokenizer.json").write_text(
+        json.dumps(_fast_tokenizer(model, kind), ensure_ascii=False, indent=1) + "\n"
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=2) + "\n")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return size
 
 
+def _fast_tokenizer(model: Any, kind: Any) -> dict[str, Any]:
+    """The same pieces as tokenizer.json, for readers that would take tokenizer.model for a BPE.
+
+    There any piece may match text, bytes and unused ones too: `<` stands alone before them, so none can. They cost what
+    the dearest ordinary piece does, since what no piece spells costs ten more than that. The newline is a piece among
+    others, as it is for sentencepiece.
+    """
+    dearest = min(piece.score for piece in model.pieces if piece.type == kind.NORMAL)
+    spelling = (kind.NORMAL, kind.USER_DEFINED)
+    vocabulary = [[piece.piece, piece.score if piece.type in spelling else dearest] for piece in model.pieces]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": i, "content": piece, "special": True} | flags for i, piece in sorted(SPECIAL.items())]
+    alone = {"type": "Split", "pattern": {"Regex": "<(?=0x|unused)"}, "behavior": "Isolated", "invert": False}
+    blank = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+        "pre_tokenizer": alone,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [blank, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {"type": "Unigram", "unk_id": 3, "vocab": vocabulary, "byte_fallback": True},
+    }
+
+
 TOKENIZER_CONFIG = {
-    "tokenizer_class": "GemmaTokenizer",
+    "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": "<bos>",
     "eos_token": "<eos>",
     "pad_token": "<pad>",
@@ -305,7 +339,9 @@ TOKENIZER_CONFIG = {
 CHAT_TEMPLATE = """{{ bos_token }}
 {%- for message in messages %}
     {{- "<|turn>" + ("model" if message["role"] == "assistant" else message["role"]) + "\\n" }}
-    {{- message["content"] | trim + "<turn|>\\n" }}
+    {%- set content = message["content"] %}
+    {%- set parts = [content] if content is string else content | map(attribute="text") %}
+    {{- parts | join | trim + "<turn|>\\n" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "<|turn>model\\n" }}{% endif %}
 """

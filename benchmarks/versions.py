@@ -4,8 +4,8 @@
     python -m benchmarks.versions HEAD . --prefix 300 4096
 
 Each side is a process of its own that holds step.py's scaled model (random weights, float32); both do the same part,
-one after the other, so that what slows the machine down slows both. The conversation's first turn has `--chat` tokens,
-its second a few: what is held before the second turn, and by how much memory's peak rises in it.
+one after the other, so that what slows the machine down slows both. The turn is one of a conversation behind `--chat`
+tokens: a fork (before there were forks, a snapshot) of the prefix, a question, one look at a canvas, its commit.
 """
 
 import json
@@ -23,7 +23,6 @@ from benchmarks.bits import python, tree
 WORKER = """
 import json, sys, time
 import mlx.core as mx
-from mlx_diffgemma import DiffusionGemma, GenerationConfig, load
 from benchmarks import step
 try:
     from benchmarks import models
@@ -33,19 +32,32 @@ except ImportError:  # before it had a file of its own
 prefixes, chat, hidden, layers = json.loads(sys.argv[1])
 
 def conversation():
-    raw = models.config(64, 6, 16, vocabulary=640)
-    settings = GenerationConfig(max_tokens=256, max_denoising_steps=2)
-    model = DiffusionGemma(models.our_network(raw), load(sys.argv[2]).tokenizer, settings)
-    talk = model.chat()
-    talk.send("7" * chat, seed=1)
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    # A turn behind a prefix that the next one goes back to: a question, one look at a canvas, its commit.
+    network = models.our_network(models.config(64, 6, 16, vocabulary=640))
+    cache = network.make_cache()
+    cache.reserve(chat + 600)
+    for layer, (keys, values) in zip(cache.layers, models.keys_and_values(network, chat), strict=True):
+        layer.append(keys, values)
+    cache.advance(chat)
+    mx.eval(cache.state)
+    canvas = mx.zeros((1, 256), mx.int32)
+
+    def turn():
+        live = cache.fork() if hasattr(cache, "fork") else cache
+        before = None if live is not cache else cache.snapshot()
+        network.encode(canvas[:, :20], live)
+        mx.eval(live.state)
+        mx.eval(network.denoise(canvas, live, None))
+        network.encode(canvas, live)
+        mx.eval(live.state)
+        if before is not None:
+            cache.restore(before)
+
+    turn()
     begun = time.perf_counter()
-    reused = talk.send("And now?", seed=2)
-    reused = getattr(reused, "statistics", None) or reused.stats
-    return {"seconds": time.perf_counter() - begun, "held": before, "memory": mx.get_peak_memory() - before,
-            "reused": reused.reused_tokens}
+    turn()
+    seconds = time.perf_counter() - begun
+    return {"seconds": seconds, "held": mx.get_active_memory(), "memory": step.memory(turn)}
 
 def part(work):
     def run():
@@ -62,7 +74,7 @@ for prefix in prefixes:
     for name, work in ours.parts().items():
         if name != "commit":
             works[f"{name} behind {prefix}"] = part(work)
-works[f"second turn behind {chat}"] = conversation
+works[f"a turn behind {chat}"] = conversation
 print(json.dumps(list(works)), flush=True)
 for line in sys.stdin:
     print(json.dumps(works[line.strip()]()), flush=True)
@@ -74,7 +86,7 @@ def main() -> None:
     parser.add_argument("old")
     parser.add_argument("new")
     parser.add_argument("--prefix", type=int, nargs="*", default=[300, 4096])
-    parser.add_argument("--chat", type=int, default=32_768, help="tokens of the conversation's first turn")
+    parser.add_argument("--chat", type=int, default=32_768, help="tokens of the prefix behind which a turn is measured")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--runs", type=int, default=5)
@@ -97,8 +109,7 @@ def main() -> None:
 
 
 def _start(folder: Path, setting: str) -> "subprocess.Popen[str]":
-    built_in = next((folder / "mlx_diffgemma").rglob("model.safetensors")).parent
-    return python(folder, "-c", WORKER, setting, built_in)
+    return python(folder, "-c", WORKER, setting)
 
 
 def _answer(side: "subprocess.Popen[str]") -> str:

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .cli import command, model_options, open_model
+from .disk import existing_file, new_file, replacing
 from .errors import ConfigError, PromptError
+from .readers import read_json
+from .values import Field, Table, anything, either, many, mapping, number, text
 
 if TYPE_CHECKING:
     from .model.tuning import Tuning
@@ -68,9 +71,7 @@ def main(
     if compare:
         _table(*(_read(file) for file in compare), names=compare)
         return
-    target = Path(output)
-    if not target.absolute().parent.is_dir():
-        raise ConfigError(f"cannot write {output}: there is no folder {target.parent}.")
+    target = new_file(output, "--output")
     begun = time.perf_counter()
     loaded = open_model(source)
     from .proof.machine import machine
@@ -78,15 +79,25 @@ def main(
     about = machine() | describe(loaded, source.get("model")) | {"load_seconds": time.perf_counter() - begun}
     found: dict[str, Any] = {}
     leave_out(loaded, without)
-    for name in only or PROMPTS:
+    prompts = PROMPTS if only or "model" in source else own_prompts()
+    for name in only or prompts:
+        click.echo(f"{name}: {repeat + 1} runs …", err=True)
         try:
-            found[name] = measure(loaded, *PROMPTS[name], repeat)
+            found[name] = measure(loaded, *prompts[name], repeat)
         except PromptError as error:  # a prompt longer than a small model's context
             found[name] = {"left_out": str(error)}
     report = about | {"without": list(without), "prompts": found}
-    target.write_text(json.dumps(report, indent=1) + "\n")
+    with replacing(target, "w") as stream:
+        stream.write(json.dumps(report, indent=1) + "\n")
     _table(report)
     click.echo(f"Written to {output}. To compare: mlx_diffgemma.bench --compare {output} OTHER.json")
+
+
+def own_prompts() -> dict[str, tuple[str, int]]:
+    """What the built-in model can answer; it says nothing to the others."""
+    from .terminal.scenes import TASKS
+
+    return {task.name: (task.prompt, 96) for task in TASKS}
 
 
 def leave_out(model: "DiffusionGemma", without: tuple[str, ...]) -> None:
@@ -157,22 +168,30 @@ def describe(model: "DiffusionGemma", name: str | None) -> dict[str, Any]:
     }
 
 
+_RUN = Table(*(Field(key, number(least=0), None) for key in FIGURES), Field("left_out", text(), None), open=True)
+_REPORT = Table(
+    Field("chip", text()),
+    Field("model", text()),
+    Field("recipe", either(text(), mapping(anything))),
+    Field("without", many(text()), ()),
+    Field("prompts", mapping(_RUN.kind)),
+    open=True,
+)
+
+
 def _read(file: str) -> dict[str, Any]:
-    try:
-        found = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}.") from None
-    if not isinstance(found, dict) or "prompts" not in found:
-        raise ConfigError(f"{file} was not written by mlx_diffgemma.bench: it has no 'prompts'.")
-    return found
+    """A file that this command wrote. Errors: ConfigError."""
+    path = existing_file(file, "--compare")
+    return _REPORT.read(read_json(path, fault=ConfigError), f"--compare {file}")
 
 
 def _table(*reports: dict[str, Any], names: tuple[str, ...] = ("",)) -> None:
     """One row a prompt and figure, one column a report, and with two reports the second divided by the first."""
-    from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as Shown
 
-    table = Table("prompt", "figure")
+    from .terminal.console import console
+
+    table = Shown("prompt", "figure")
     for report, name in zip(reports, names, strict=True):
         left_out = "".join(f"\nwithout {idea}" for idea in report.get("without", ()))
         title = f"{name}\n{report['chip']}\n{report['model']} {report['recipe']}{left_out}"
@@ -181,22 +200,27 @@ def _table(*reports: dict[str, Any], names: tuple[str, ...] = ("",)) -> None:
         table.add_column("B / A", justify="right")
     for row in _rows(reports):
         table.add_row(*row)
-    Console().print(table)
+    console().print(table)
 
 
 def _rows(reports: tuple[dict[str, Any], ...]) -> Iterator[list[str]]:
     for name in reports[0]["prompts"]:
         runs = [report["prompts"].get(name, {}) for report in reports]
-        if all("left_out" in run for run in runs):
+        if all(run.get("left_out") for run in runs):
             yield [name, "left out: too long"]
             continue
         for key, title in FIGURES.items():
             values = [run.get(key) for run in runs]
             scale = 1e-9 if key.endswith("_bytes") else 1
-            cells = ["–" if value is None else f"{value * scale:.3g}" for value in values]
+            cells = ["–" if not value else _figure(value * scale) for value in values]
             if len(values) == 2:
                 cells.append("–" if None in values or not values[0] else f"{values[1] / values[0]:.2f}")
             yield [name if key == next(iter(FIGURES)) else "", title, *cells]
+
+
+def _figure(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 if __name__ == "__main__":

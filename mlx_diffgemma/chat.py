@@ -3,12 +3,12 @@
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import command, generation_options, model_options, open_model, run_options
+from .cli import Option, command, generation_options, model_options, open_model, run_options
+from .disk import new_file, reason, replacing
 from .errors import DiffGemmaError
 from .generation.settings import GenerationOptions
 
@@ -24,26 +24,36 @@ GENERATION = GenerationOptions.__annotations__
 @click.option("--system-prompt", metavar="TEXT", help="Goes before the conversation.")
 @click.option("--thinking/--no-thinking", default=None, help="Ask for thinking, or for none.")
 @click.option("--show-thinking", is_flag=True, help="Print the thoughts before each answer.")
+@click.option(
+    "--sanitize-control-tokens",
+    cls=Option,
+    section="Prompt",
+    is_flag=True,
+    help="Control tokens in what you type are plain text.",
+)
 @generation_options
 def main(
     source: dict[str, Any],
     system_prompt: str | None,
     thinking: bool | None,
     show_thinking: bool,
+    sanitize_control_tokens: bool,
     options: dict[str, Any],
 ) -> None:
     """Talk with the model. /help lists what else can be typed; Ctrl-C stops an answer, Ctrl-D ends the talk."""
     loaded = open_model(source)
     options = run_options(loaded, options) | ({"enable_thinking": thinking} if thinking is not None else {})
+    options |= {"sanitize_control_tokens": True} if sanitize_control_tokens else {}
     talk = Talk(loaded, system_prompt, options, show_thinking=show_thinking)
-    ask = _line_editor()
+    name = source.get("model", "The built-in model")
+    ask = _line_editor(f"{name} listens. /help lists commands, Ctrl-D ends the talk.")
     while (line := ask()) is not None:
         try:
             if line.startswith("/"):
                 talk.obey(line)
             elif line.strip():
                 talk.answer(line)
-        except (DiffGemmaError, OSError) as error:
+        except DiffGemmaError as error:
             click.echo(f"Error: {error}", err=True)
         except EOFError:
             break
@@ -62,8 +72,10 @@ class Talk:
 
         stdout = sinks.on_stdout(self.model.tokenizer.decode, show_thinking=self.show_thinking)
         try:
-            result = self.last = sinks.show(self.chat.stream(text), stdout).result
-            self._mark(result)
+            self.last = said = sinks.show(self.chat.stream(text), stdout).result
+            self._mark(said)
+            if not said.text.strip() and not said.tool_calls:
+                click.echo("(an empty reply: say it in another way, or see --avoid-empty)", err=True)
         except KeyboardInterrupt:
             click.echo("(stopped: this turn is forgotten)", err=True)
 
@@ -104,7 +116,14 @@ class Talk:
         """FILE.json: write the conversation, as generate --messages reads it"""
         if not file:
             raise DiffGemmaError("/save needs the name of a file.")
-        Path(file).expanduser().write_text(json.dumps(self.chat.messages, ensure_ascii=False, indent=1) + "\n")
+        path = new_file(file, "/save")
+        try:
+            with replacing(path, "w") as stream:
+                stream.write(json.dumps(self.chat.messages, ensure_ascii=False, indent=1) + "\n")
+        except OSError as error:
+            raise DiffGemmaError(
+                f"/save {path} failed: {reason(error)}. What was there before is still there."
+            ) from None
 
     def seed(self, number: str) -> None:
         """N: use this seed from the next turn on; without N a new one each turn"""
@@ -135,21 +154,28 @@ class Talk:
         raise EOFError
 
 
-def _line_editor() -> Callable[[], str | None]:
-    """Reads a line, with editing and history on a terminal; None at the end of the input."""
+def _line_editor(greeting: str) -> Callable[[], str | None]:
+    """Reads a line; None at the end of the input. On a terminal with a greeting, editing and history, and there
+    Ctrl-C clears the line."""
     prompt = ""
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  input() edits lines once this is imported
+    if sys.stdin is not None and sys.stdin.isatty():
+        import readline  # noqa: F401  input() edits lines and remembers them once this is imported
 
         prompt = "› "
+        click.echo(greeting, err=True)
 
     def ask() -> str | None:
-        try:
-            return input(prompt)
-        except EOFError:
-            if prompt:
+        while True:
+            try:
+                return None if sys.stdin is None else input(prompt)
+            except EOFError:
+                if prompt:
+                    click.echo()
+                return None
+            except KeyboardInterrupt:
+                if not prompt:
+                    raise
                 click.echo()
-            return None
 
     return ask
 

@@ -1,18 +1,25 @@
 """The command line: the click group, the options that commands share, and errors in one to three lines.
 
-Exit status: 0 done · 1 failed · 2 wrong usage · 130 interrupted.
+Exit status: 0 done · 1 failed · 2 wrong usage · 130 interrupted · 143 terminated.
 """
 
+import io
 import json
+import math
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import wraps
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from ._version import __version__
+from .disk import reason
 from .errors import ConfigError, DiffGemmaError
 from .files.shipped import BUILT_IN
 
@@ -73,7 +80,10 @@ class Command(click.Command):
     def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:  # pyright: ignore
         args = list(sys.argv[1:] if args is None else args)
         try:
-            status = super().main(args, prog_name, **{**extra, "standalone_mode": False})
+            with _terminable():
+                _open_streams()
+                status = super().main(args, prog_name, **{**extra, "standalone_mode": False})
+                sys.stdout.flush()
         except (KeyboardInterrupt, click.Abort):
             status = 130
         except click.ClickException as error:
@@ -83,7 +93,7 @@ class Command(click.Command):
             if "--debug" in args:
                 raise
             status = 1
-            _complain(str(error) if isinstance(error, DiffGemmaError) else _unforeseen(error))
+            _complain(_in_words(error))
         sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -105,8 +115,39 @@ class Group(Command, click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
+def _open_streams() -> None:
+    """What a stream's encoding cannot write is written as an escape, not an error. Errors: DiffGemmaError."""
+    if sys.stdout is None:
+        raise DiffGemmaError("standard output is closed: there is nowhere to write to.")
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        *((s, "backslashreplace") for s in (sys.stdout, sys.stderr)),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does: what is open is closed, the cursor shown again."""
+
+    def end(*_: object) -> NoReturn:
+        sys.exit(143)
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _complain(message: str) -> None:
-    click.echo("Error: " + message.replace("\n", "\n       "), err=True)
+    text = "Error: " + message.replace("\n", "\n       ")
+    with suppress(OSError):
+        click.echo("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text), err=True)
 
 
 def _hint(error: click.ClickException) -> str:
@@ -114,23 +155,42 @@ def _hint(error: click.ClickException) -> str:
     return f"\nSee: {ctx.command_path} --help" if ctx else ""
 
 
-def _unforeseen(error: Exception) -> str:
+def _in_words(error: Exception) -> str:
+    if isinstance(error, DiffGemmaError):
+        return str(error)
+    if isinstance(error, OSError):
+        _lose_output(error)
+        return f"{error.filename or 'the output'} cannot be used: {reason(error)}."
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for this."
     what = str(error).strip().splitlines()
     return f"{type(error).__name__}: {what[0] if what else '(no message)'}\nRun again with --debug for the traceback."
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+def _lose_output(error: OSError) -> None:
+    """When standard output is what failed, Python would fail again at the end, in its own words."""
+    if error.filename is None:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+_NAMES = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(cls=Group, context_settings=_NAMES, invoke_without_command=True)
 @click.version_option(__version__, prog_name="mlx_diffgemma", help="Print the version.")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """DiffusionGemma in MLX. Every command has its own --help."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
     """Make a function the command `name`: `-h`, `--help-all`, `--version`, `--debug`, and plain errors."""
 
     def decorate(function: Callable[..., None]) -> click.Command:
-        names = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-        made = click.command(name, cls=Command, context_settings=names)(function)
+        made = click.command(name, cls=Command, context_settings=_NAMES)(function)
         flag: dict[str, Any] = {"is_flag": True, "expose_value": False, "section": "Other"}
         made.params += [
             Option(["--help-all"], is_eager=True, callback=_help_all, help="Show this.", **flag),
@@ -154,6 +214,18 @@ def _say_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
         ctx.exit()
 
 
+class Number(click.FloatRange):
+    """A finite number in a range: nan lies in none, and inf is a slip of the pen."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
 _LOADING: dict[str, dict[str, Any]] = {
     "model": {"metavar": "PATH|REPO", "help": "Folder or Hub repository.  [default: the built-in one]"},
     "adapter": {"metavar": "PATH", "help": "A LoRA adapter made by train."},
@@ -164,9 +236,15 @@ _LOADING: dict[str, dict[str, Any]] = {
     },
     "memory_limit": {
         "section": "Machine",
-        "type": click.FloatRange(0, min_open=True),
+        "type": Number(0, min_open=True),
         "metavar": "GB",
         "help": "The most memory to use.",
+    },
+    "ignore_key": {
+        "section": "Machine",
+        "multiple": True,
+        "metavar": "KEY",
+        "help": "An unknown key of config.json that you know is harmless.",
     },
 }
 
@@ -178,21 +256,25 @@ def model_options(function: Callable[..., None]) -> Callable[..., None]:
 
 def open_model(source: dict[str, Any], *, quiet: bool = False) -> "DiffusionGemma":
     """Load the model, or the built-in one with a line that says how to get the real one."""
-    from rich.console import Console
+    from rich.text import Text
 
     from .pipeline.loading import load
+    from .terminal.console import console
 
-    stderr = Console(stderr=True, quiet=quiet)
+    stderr = console(stderr=True, quiet=quiet)
     if "model" not in source:
         stderr.print(
             "The small built-in model. The real one: mlx_diffgemma.convert, then --model PATH (README: The real model)",
             style="dim",
         )
-    options = {name: value for name, value in source.items() if name not in ("model", "memory_limit")}
+    options = {name: value for name, value in source.items() if name not in ("model", "memory_limit", "ignore_key")}
     if "memory_limit" in source:
-        options["memory_limit"] = int(source["memory_limit"] * 1e9)
-    with stderr.status(f"Loading {source.get('model', 'the built-in model')}"):
-        return load(source.get("model", BUILT_IN), **options)
+        options["memory_limit"] = max(int(source["memory_limit"] * 1e9), 1)
+    with stderr.status(Text(f"Loading {source.get('model', 'the built-in model')}")):
+        model = load(source.get("model", BUILT_IN), ignore_keys=source.get("ignore_key", ()), **options)
+    for notice in model.notices:
+        stderr.print(f"Note: {notice}", style="dim")
+    return model
 
 
 class _JsonObject(click.ParamType):
@@ -219,7 +301,7 @@ class _Logprobs(click.ParamType):
         return int(value)
 
 
-_POSITIVE, _NUMBER = click.IntRange(1), click.FloatRange(0)
+_POSITIVE, _NUMBER = click.IntRange(1), Number(0)
 _SAMPLER, _DEPARTURES = (
     "Sampler (without these, the checkpoint's own values)",
     "Not the reference (reported in the result)",
@@ -245,7 +327,7 @@ _GENERATION: dict[str, dict[str, Any]] = {
         "help": "Further variables of the chat template, as a JSON object.",
     },
     "max_denoising_steps": {"section": _SAMPLER, "type": _POSITIVE, "help": "At most so many steps a canvas."},
-    "t_max": {"section": _SAMPLER, "type": _NUMBER, "help": "Temperature of the first step."},
+    "t_max": {"section": _SAMPLER, "type": Number(0, min_open=True), "help": "Temperature of the first step."},
     "t_min": {"section": _SAMPLER, "type": _NUMBER, "help": "What the temperature falls towards."},
     "entropy_bound": {"section": _SAMPLER, "type": _NUMBER, "help": "Nats that one step may accept together."},
     "stability_threshold": {
@@ -322,7 +404,7 @@ def _gathered(
     @wraps(function)
     def gather(*args: Any, **values: Any) -> None:
         chosen = {name: values.pop(name) for name in table}
-        function(*args, **values, **{argument: {name: v for name, v in chosen.items() if v not in (None, ())}})
+        function(*args, **values, **{argument: {name: v for name, v in chosen.items() if v is not None and v != ()}})
 
     for name, settings in reversed(table.items()):
         spellings = dict.fromkeys(("--" + name.replace("_", "-"), *also.get(name, [])))

@@ -1,27 +1,47 @@
-"""What a checkpoint's config.json says about the network; the words and checks that every reader of settings shares.
+"""What a checkpoint's config.json says about the network.
 
 Reading refuses keys it does not know, because a renamed key that silently becomes a default value is a wrong model.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ConfigError
+from .values import (
+    Field,
+    Table,
+    anything,
+    either,
+    flag,
+    integer,
+    many,
+    mapping,
+    nearest,
+    number,
+    one_of,
+    optional,
+    shown,
+)
 
 RELEASED = "google/diffusiongemma-26B-A4B-it"
 SLIDING, FULL = "sliding_attention", "full_attention"
+WHERE = "config.json"
 
-# Keys that Hugging Face writes beside the architecture and that do not change the maths of the text model.
-HARMLESS = frozenset(
-    """
-    _name_or_path architectures attention_dropout bos_token_id chunk_size_feed_forward dtype eoi_token_id
-    eos_token_id generation_config id2label image_token_id boi_token_id initializer_range is_encoder_decoder
-    is_decoder label2id model_type output_attentions output_hidden_states pad_token_id problem_type
-    quantization quantization_config return_dict text_config tie_word_embeddings torch_dtype
-    transformers_version use_cache vision_config vision_soft_tokens_per_image canvas_length is_causal
-    """.split()
-)
+# Keys that stand beside the architecture and do not change the maths of the text model, by the reason why.
+HARMLESS: dict[str, str] = {
+    "names and origin": "_name_or_path architectures model_type transformers_version id2label label2id",
+    "dropout and first weights matter in training only": "attention_dropout initializer_range",
+    "ids around pictures and sounds": "boi_token_id eoi_token_id image_token_id video_token_id audio_token_id",
+    "how transformers calls a model": (
+        "chunk_size_feed_forward generation_config is_decoder is_encoder_decoder is_causal output_attentions"
+        " output_hidden_states problem_type return_dict use_cache"
+    ),
+    "how weights are stored, which their headers say": "dtype torch_dtype weight_format",
+    "pictures, which the text model sets aside": (
+        "vision_soft_tokens_per_image modalities modality_notes has_vision has_video has_audio optiq_vision"
+    ),
+}
+_HARMLESS = frozenset(key for keys in HARMLESS.values() for key in keys.split())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,177 +94,181 @@ class ModelConfig:
         `ignore_keys` are unknown keys (as `text_config.name`) the caller declares harmless.
         Errors: ConfigError for another model, an unknown key, or a value this code has no maths for.
         """
-        if config.get("model_type") != "diffusion_gemma" or not isinstance(config.get("text_config"), dict):
+        if config.get("model_type") != "diffusion_gemma":
             raise ConfigError(
-                f"config.json: this is not a DiffusionGemma checkpoint: model_type is {config.get('model_type')!r},"
+                f"{WHERE}: this is not a DiffusionGemma checkpoint: model_type is {shown(config.get('model_type'))},"
                 " expected 'diffusion_gemma'.\n"
                 "Autoregressive Gemma models run in mlx-lm; this package runs google/diffusiongemma-26B-A4B-it."
             )
-        text = config["text_config"]
-        layers = _layers(text)
-        _refuse_unknown_keys(config, text, {f.name for f in dataclasses.fields(cls)}, ignore_keys)
-        _refuse_other_maths(config, text)
-        values = {key: _positive(text, key) for key in _REQUIRED}
-        values |= {key: _number(text, key) for key in _OPTIONAL if text.get(key) is not None}
-        canvas = {"canvas_length": config.get("canvas_length") or cls.canvas_length}
-        vision = config.get("vision_config")
-        check("config.json: vision_config", vision, vision is None or isinstance(vision, dict), "an object or null")
-        if values["top_k_experts"] > values["num_experts"]:
-            raise ConfigError(
-                f"config.json: top_k_experts {values['top_k_experts']} > num_experts {values['num_experts']}."
-            )
+        whole = OUTER.read(config, WHERE)
+        _refuse_unknown_keys(config, whole["text_config"], ignore_keys)
+        text = TEXT.kind.read(whole["text_config"], WHERE, "text_config")
+        _check_together(text)
+        eos = whole["eos_token_id"] if whole["eos_token_id"] is not None else text["eos_token_id"]
         return cls(
-            **values,
-            layers=layers,
-            canvas_length=_positive(canvas, "canvas_length"),
-            eos_token_ids=ids_of(config.get("eos_token_id", text.get("eos_token_id", cls.eos_token_ids))),
-            image_token_id=config.get("image_token_id"),
-            vision=vision,
-            quantization=config.get("quantization") or config.get("quantization_config"),
+            **{key: text[key] for key in _PLAIN},
+            layers=_layers(text),
+            canvas_length=whole["canvas_length"],
+            eos_token_ids=cls.eos_token_ids if eos is None else eos if isinstance(eos, tuple) else (eos,),
+            image_token_id=whole["image_token_id"],
+            vision=whole["vision_config"],
+            quantization=whole["quantization"] or whole["quantization_config"],
         )
 
 
-_REQUIRED = """
-    vocab_size hidden_size intermediate_size moe_intermediate_size num_attention_heads num_experts top_k_experts
-    sliding_window
-""".split()
-_OPTIONAL = "max_position_embeddings rms_norm_eps final_logit_softcapping bos_token_id pad_token_id".split()
-# Values with only one meaning in this code: anything else is another model.
-_CHECKED: dict[str, tuple[Any, ...]] = {
-    "hidden_activation": ("gelu_pytorch_tanh",),
-    "attention_bias": (False,),
-    "use_bidirectional_attention": ("vision", None),
-    "enable_moe_block": (True, None),
-    "attention_k_eq_v": (True, None),
-    "num_kv_shared_layers": (0, None),
-    "hidden_size_per_layer_input": (0, None),
-    "vocab_size_per_layer_input": (0, None),
-}
-_GEOMETRY = frozenset(
-    """
-    num_hidden_layers layer_types head_dim global_head_dim num_key_value_heads num_global_key_value_heads
-    per_layer_config rope_parameters
-    """.split()
+# --------------------------------------------------------------------------------------------------------- the keys
+# The upper bounds are far beyond any model: they keep a slip of the pen from being taken for one.
+
+_COUNT = integer(least=1, most=1 << 16)
+_WIDTH = integer(least=1, most=1 << 20)
+_PLACES = integer(least=1, most=1 << 40)
+_ID = integer(least=0, most=1 << 31)
+IDS = either(_ID, many(_ID, most=1000))
+_OBJECT = mapping(anything)
+
+ROPE = Table(
+    Field("rope_type", one_of("default", "proportional"), None),
+    Field("type", one_of("default", "proportional"), None),  # its older name
+    Field("rope_theta", number(above=0)),
+    Field("partial_rotary_factor", number(least=0, most=1), 1.0),
 )
-_DEFAULT_ROPE = {
+_OF_LAYER = Table(Field("head_dim", _COUNT, None), Field("num_key_value_heads", _COUNT, None))
+TEXT = Table(
+    Field("vocab_size", integer(least=1, most=1 << 24)),
+    *(Field(name, _WIDTH) for name in ("hidden_size", "intermediate_size", "moe_intermediate_size")),
+    Field("num_hidden_layers", integer(least=1, most=1000)),
+    *(Field(name, _COUNT) for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts")),
+    Field("top_k_experts", _COUNT),
+    Field("sliding_window", _PLACES),
+    Field("global_head_dim", _COUNT, 512),
+    Field("num_global_key_value_heads", _COUNT, None),
+    Field("per_layer_config", mapping(_OF_LAYER.kind), None),
+    Field("layer_types", many(one_of(SLIDING, FULL), most=1000), ()),
+    Field("rope_parameters", _OBJECT, None),
+    Field("max_position_embeddings", _PLACES, ModelConfig.max_position_embeddings),
+    Field("rms_norm_eps", number(above=0, most=1), ModelConfig.rms_norm_eps),
+    Field("final_logit_softcapping", number(above=0), ModelConfig.final_logit_softcapping),
+    Field("bos_token_id", _ID, ModelConfig.bos_token_id),
+    Field("pad_token_id", _ID, ModelConfig.pad_token_id),
+    Field("eos_token_id", IDS, None),
+    # Values with only one meaning in this code: anything else is another model.
+    Field("hidden_activation", one_of("gelu_pytorch_tanh"), "gelu_pytorch_tanh"),
+    Field("attention_bias", one_of(False), False),
+    Field("use_bidirectional_attention", one_of("vision"), None),
+    Field("enable_moe_block", one_of(True), True),
+    Field("attention_k_eq_v", one_of(True), True),
+    Field("num_kv_shared_layers", one_of(0), 0),
+    Field("hidden_size_per_layer_input", one_of(0), 0),
+    Field("vocab_size_per_layer_input", one_of(0), 0),
+    Field("tie_word_embeddings", one_of(True), True),
+    open=True,  # the unknown keys have an error of their own
+)
+OUTER = Table(
+    Field("text_config", _OBJECT),
+    Field("vision_config", _OBJECT, None),
+    Field("canvas_length", _WIDTH, ModelConfig.canvas_length),
+    Field("eos_token_id", IDS, None),
+    Field("image_token_id", _ID, None),
+    Field("tie_word_embeddings", one_of(True), True),
+    Field("quantization", either(optional(_OBJECT), flag), None),
+    Field("quantization_config", either(optional(_OBJECT), flag), None),
+    open=True,
+)
+_PLAIN = """
+    vocab_size hidden_size intermediate_size moe_intermediate_size num_attention_heads num_experts top_k_experts
+    sliding_window max_position_embeddings rms_norm_eps final_logit_softcapping bos_token_id pad_token_id
+""".split()
+
+
+def _refuse_unknown_keys(config: dict[str, Any], text: dict[str, Any], ignore_keys: tuple[str, ...]) -> None:
+    for where, keys, known in (("", config, OUTER.names), ("text_config.", text, TEXT.names)):
+        for key in keys:
+            if key not in known | _HARMLESS | {"bos_token_id", "pad_token_id"} and where + key not in ignore_keys:
+                raise ConfigError(
+                    f"{WHERE} has a key this version does not know: {where}{key} = {shown(keys[key])}."
+                    f"{nearest(key, known, all_of_them=False)}\n"
+                    f"Update mlx-diffgemma, or pass --ignore-key {where}{key} if you know it is harmless."
+                )
+
+
+def _check_together(text: dict[str, Any]) -> None:
+    """Values that must fit one another."""
+    if text["top_k_experts"] > text["num_experts"]:
+        raise ConfigError(
+            f"{WHERE}: text_config.top_k_experts is {text['top_k_experts']}, expected at most num_experts,"
+            f" {text['num_experts']}."
+        )
+    for key in ("pad_token_id", "bos_token_id"):
+        if text[key] >= text["vocab_size"]:
+            raise ConfigError(
+                f"{WHERE}: text_config.{key} is {text[key]}, expected an id of the vocabulary:"
+                f" 0 … {text['vocab_size'] - 1}."
+            )
+
+
+# ------------------------------------------------------------------------------------------------------- the layers
+
+
+def _layers(text: dict[str, Any]) -> tuple[LayerConfig, ...]:
+    """Every layer's attention, the first one first."""
+    count = text["num_hidden_layers"]
+    kinds = list(text["layer_types"]) or [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(count)]
+    if len(kinds) != count:
+        raise ConfigError(
+            f"{WHERE}: text_config.layer_types has {len(kinds)} entries, expected {count}, one for each layer."
+        )
+    kinds[-1] = FULL  # as transformers does: the last layer is a full one whatever the list says
+    if stray := [i for i in text["per_layer_config"] or {} if not i.isdecimal() or int(i) >= count]:
+        raise ConfigError(
+            f"{WHERE}: text_config.per_layer_config has the key {shown(stray[0])}, expected layers: 0 … {count - 1}."
+        )
+    ropes = {kind: _rope(text, kind) for kind in dict.fromkeys(kinds)}
+    return tuple(_layer(text, i, kind, ropes[kind]) for i, kind in enumerate(kinds))
+
+
+def _layer(text: dict[str, Any], i: int, kind: str, rope: tuple[float, float]) -> LayerConfig:
+    """Layer `i`; `per_layer_config` (transformers 5.23) wins over `global_*` (released)."""
+    dim, kv_heads, heads = text["head_dim"], text["num_key_value_heads"], text["num_attention_heads"]
+    if text["per_layer_config"] is not None:
+        own = text["per_layer_config"].get(str(i), {})
+        dim, kv_heads = own.get("head_dim") or dim, own.get("num_key_value_heads") or kv_heads
+    elif kind == FULL:
+        dim, kv_heads = text["global_head_dim"], text["num_global_key_value_heads"] or kv_heads
+    if heads % kv_heads:
+        raise ConfigError(
+            f"{WHERE}: layer {i} shares {kv_heads} key heads (num_key_value_heads) among {heads} query heads"
+            " (num_attention_heads); the second must be a multiple of the first."
+        )
+    if dim % 2:
+        raise ConfigError(f"{WHERE}: layer {i} has a head_dim of {dim}, expected an even number: halves are rotated.")
+    theta, share = rope
+    rotated = 2 * int(share * dim // 2)
+    return LayerConfig(kind=kind, head_dim=dim, num_kv_heads=kv_heads, rope_theta=theta, rotated_dims=rotated)
+
+
+_DEFAULT_ROPE: dict[str, dict[str, Any]] = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
     FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
 }
 
 
-def _refuse_unknown_keys(
-    config: dict[str, Any], text: dict[str, Any], fields: set[str], ignore_keys: tuple[str, ...]
-) -> None:
-    known = fields | HARMLESS | _CHECKED.keys() | _GEOMETRY
-    for where, keys in (("", config), ("text_config.", text)):
-        for key in keys:
-            if key not in known and where + key not in ignore_keys:
-                raise ConfigError(
-                    f"config.json has a key this version does not know: {where}{key} = {keys[key]!r}.\n"
-                    f"Update mlx-diffgemma, or pass --ignore-key {where}{key} if you know it is harmless."
-                )
-
-
-def _refuse_other_maths(config: dict[str, Any], text: dict[str, Any]) -> None:
-    for key, allowed in _CHECKED.items():
-        if text.get(key, allowed[0]) not in allowed:
-            expected = " or ".join(map(repr, allowed))
-            raise ConfigError(f"config.json: text_config.{key} is {text[key]!r}, expected {expected}.")
-    if config.get("tie_word_embeddings", True) is not True:
-        raise ConfigError("config.json: tie_word_embeddings is false; DiffusionGemma ties its head and embedding.")
-
-
-def _positive(text: dict[str, Any], key: str) -> int:
-    value = text.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"config.json: text_config.{key} is {value!r}, expected a positive integer.")
-    return value
-
-
-def _number(text: dict[str, Any], key: str) -> Any:
-    value = text[key]
-    check(f"config.json: text_config.{key}", value, type(value) in (int, float), "a number")
-    return value
-
-
-def ids_of(value: Any) -> tuple[int, ...]:
-    ids = tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
-    check("eos_token_id", value, all(type(i) is int for i in ids), "token ids")
-    return ids
-
-
-def _layers(text: dict[str, Any]) -> tuple[LayerConfig, ...]:
-    """Every layer's attention, the first one first."""
-    kinds = _kinds(text)
-    return tuple(_layer(text, i, kind) for i, kind in enumerate(kinds))
-
-
-def _kinds(text: dict[str, Any]) -> list[str]:
-    count = _positive(text, "num_hidden_layers")
-    kinds = text.get("layer_types") or [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(count)]
-    if len(kinds) != count or any(kind not in (SLIDING, FULL) for kind in kinds):
-        raise ConfigError(
-            f"config.json: text_config.layer_types must name {count} layers, each {SLIDING!r} or {FULL!r};"
-            f" got {len(kinds)}: {sorted(set(map(str, kinds)))}."
-        )
-    return [*kinds[:-1], FULL]  # as transformers does: the last layer is a full one whatever the list says
-
-
-def _layer(text: dict[str, Any], i: int, kind: str) -> LayerConfig:
-    """Layer `i`; `per_layer_config` (transformers 5.23) wins over `global_*` (released)."""
-    heads, head_dim, kv_heads = (_positive(text, k) for k in ("num_attention_heads", "head_dim", "num_key_value_heads"))
-    geometry = {"head_dim": head_dim, "num_key_value_heads": kv_heads}
-    if (per_layer := text.get("per_layer_config")) is not None:
-        geometry |= {int(k): v for k, v in per_layer.items()}.get(i, {})
-    elif kind == FULL:
-        geometry["head_dim"] = text.get("global_head_dim") or 512
-        geometry["num_key_value_heads"] = text.get("num_global_key_value_heads") or kv_heads
-    if unknown := geometry.keys() - {"head_dim", "num_key_value_heads"}:
-        raise ConfigError(f"config.json: per_layer_config.{i} has a key this version does not know: {unknown}.")
-    if heads % geometry["num_key_value_heads"]:
-        raise ConfigError(
-            f"config.json: layer {i} shares {geometry['num_key_value_heads']} key heads among {heads} query heads;"
-            " the second must be a multiple of the first."
-        )
-    theta, rotated = _rope(text, kind)
-    dim = geometry["head_dim"]
-    return LayerConfig(
-        kind=kind,
-        head_dim=dim,
-        num_kv_heads=geometry["num_key_value_heads"],
-        rope_theta=theta,
-        rotated_dims=2 * int(rotated * dim // 2),
-    )
-
-
 def _rope(text: dict[str, Any], kind: str) -> tuple[float, float]:
-    """Base of the frequencies, and the share of a head that is rotated, for one kind of layer."""
-    given = (text.get("rope_parameters") or _DEFAULT_ROPE).get(kind) or _DEFAULT_ROPE[kind]
-    params = dict(given)
-    rope_type = params.pop("rope_type", "default")
-    theta, partial = params.pop("rope_theta"), params.pop("partial_rotary_factor", 1.0)
-    expected = "proportional" if partial != 1.0 else rope_type
-    if params or rope_type not in ("default", "proportional") or rope_type != expected:
+    """Base of the frequencies, and the share of a head that is rotated, for one kind of layer.
+
+    `rope_parameters` has one table for each kind, or is itself the table of both (RotaryEmbeddingConfigMixin.
+    standardize_rope_params); only where it is null do the class's own values hold, as in transformers.
+    """
+    given, where = text["rope_parameters"], "text_config.rope_parameters"
+    if given is None:
+        given = _DEFAULT_ROPE
+    if given.keys() & {SLIDING, FULL}:
+        if given.get(kind) is None:
+            raise ConfigError(f"{WHERE}: {where} says nothing of {kind}, which this model's layers have.")
+        given, where = given[kind], f"{where}.{kind}"
+    rope = ROPE.kind.read(given, WHERE, where)
+    form, share = rope["rope_type"] or rope["type"] or "default", rope["partial_rotary_factor"]
+    if form == "default" and share != 1:
         raise ConfigError(
-            f"config.json: rope_parameters.{kind} is {given!r}; expected rope_type 'default', or"
-            " 'proportional' with a partial_rotary_factor, and a rope_theta."
+            f"{WHERE}: {where} has a partial_rotary_factor of {share} and rope_type 'default', expected 'proportional'."
         )
-    return float(theta), partial
-
-
-def check(name: str, value: Any, good: bool, expected: str) -> None:
-    if not good:
-        raise ConfigError(f"{name} is {value!r}, expected {expected}.")
-
-
-def nearest(name: str, known: list[str]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
-
-
-def refuse_unknown(values: dict[str, Any], known: set[str], where: str) -> None:
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{where} has an unknown key {key!r}.{nearest(key, sorted(known))}")
+    return float(rope["rope_theta"]), share

@@ -13,6 +13,7 @@ import click
 
 from .cli import Option, command
 from .config import RELEASED, ModelConfig
+from .disk import new_folder, user_path
 from .files.quantization import MODE_DEFAULTS, describe
 from .packing.recipes import DTYPES, Recipe, adhoc_recipe, load_recipe, recipe_names
 
@@ -25,13 +26,13 @@ if TYPE_CHECKING:  # what is slow to import is imported where it is used
 
 def print_plan(config: ModelConfig, recipe: Recipe, planned: "Sequence[Planned]") -> None:
     """What a conversion will make: sizes to the byte, memory to run it, and the Macs it fits."""
-    from rich.console import Console
     from rich.table import Table
 
     from .model.memory import memory_needed, smallest_macs
     from .packing.plan import Size, lay_out, sizes
+    from .terminal.console import console
 
-    out, weight_files = Console(), sum(shard.size for shard in lay_out(planned))
+    out, weight_files = console(), sum(shard.size for shard in lay_out(planned))
     table = Table("component", "tensors", "packing", "bits/weight", "bytes", title=f"recipe {recipe.name}")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -52,7 +53,7 @@ def print_plan(config: ModelConfig, recipe: Recipe, planned: "Sequence[Planned]"
 
 
 def _warn(recipe: Recipe, planned: "Sequence[Planned]") -> None:
-    from .files.checkpoint import families
+    from .files.folder import families
 
     if recipe.dtype == "float16":
         click.echo("Warning: Gemma's activations can overflow float16 and turn into NaN; bfloat16 is safe.", err=True)
@@ -70,10 +71,10 @@ def _warn(recipe: Recipe, planned: "Sequence[Planned]") -> None:
 
 def print_errors(errors: "dict[str, dict[str, Deviation]]") -> None:
     """The verification's report: per component, the relative RMS error and the worst tensor."""
-    from rich.console import Console
     from rich.table import Table
 
     from .packing.verification import Deviation
+    from .terminal.console import console
 
     table = Table("component", "relative RMS error", "worst tensor", "its error", title="every byte as it should be")
     table.columns[2].overflow = "fold"
@@ -85,7 +86,7 @@ def print_errors(errors: "dict[str, dict[str, Deviation]]") -> None:
         table.add_row(
             component, f"{whole.relative:.2e}", worst.removeprefix("model."), f"{tensors[worst].relative:.2e}"
         )
-    Console().print(table)
+    console().print(table)
 
 
 _recipe_option = partial(click.option, cls=Option, section="In place of a recipe")
@@ -116,7 +117,7 @@ def main(recipe: str | None, ad_hoc: bool, dtype: str | None, **wanted: Any) -> 
     ad_hoc = ad_hoc or any(value is not None for value in asked)
     if ad_hoc and recipe is not None:
         raise click.UsageError("--recipe and the -q options exclude one another.")
-    job = Job(recipe=adhoc_recipe(*asked) if ad_hoc else load_recipe(recipe or "q4"), **wanted)
+    job = Job(recipe=adhoc_recipe(*asked) if ad_hoc else load_recipe("q4" if recipe is None else recipe), **wanted)
     job = replace(job, recipe=replace(job.recipe, dtype=dtype or job.recipe.dtype))
     if job.dry_run:
         job.say()
@@ -144,7 +145,7 @@ class Job:
 
     @property
     def local(self) -> bool:
-        return Path(self.hf_path).expanduser().is_dir()
+        return user_path(self.hf_path, "--hf-path").is_dir()
 
     def say(self) -> None:
         """What would be made. A Hub repository's plan follows from its config alone, and so do all shapes."""
@@ -168,7 +169,7 @@ class Job:
 
         if self.upload_repo:
             hub.check_upload(self.upload_repo)
-        target = Path(self.mlx_path).expanduser()
+        target = new_folder(self.mlx_path, "--mlx-path")
         folder = hub.resolve(self.hf_path, self.revision)
         source = checkpoint.open_checkpoint(folder, ignore_keys=self.ignore_key)
         conversion = plan_conversion(source, self.recipe, repo=None if self.local else self.hf_path)

@@ -1,10 +1,9 @@
 """`mlx_diffgemma.fuse`: a LoRA adapter merged into its model, as a model of its own."""
 
-from pathlib import Path
-
 import click
 
 from .cli import command
+from .disk import new_folder, user_path
 from .errors import ConfigError
 from .files.shipped import BUILT_IN
 
@@ -18,7 +17,7 @@ from .files.shipped import BUILT_IN
 @click.option("--force", is_flag=True, help="Replace what is at --save-path.")
 def main(model: str | None, adapter: str, save_path: str, force: bool) -> None:
     """Merge an adapter made by train into its model. A packed projection is packed again, as it was."""
-    target = Path(save_path).expanduser()
+    target, source = new_folder(save_path, "--save-path"), user_path(adapter, "--adapter-path")
     if target.exists() and not force:
         raise ConfigError(f"{target} is there already.\nChoose another --save-path, or replace it with --force.")
     from .files import adapters
@@ -29,7 +28,7 @@ def main(model: str | None, adapter: str, save_path: str, force: bool) -> None:
     if target.exists() and target.samefile(folder):
         raise ConfigError(f"--save-path {target} is the model itself: choose another folder.")
     network = load_network(folder, lazy=True)
-    adapters.load(network, Path(adapter).expanduser())
+    adapters.load(network, source)
     adapters.fuse(network)
     write_model(network, folder, target)
     click.echo(f"Model: {target}  (mlx_diffgemma.generate --model {target})")

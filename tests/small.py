@@ -76,6 +76,7 @@ def write_tokenizer(folder: Path) -> None:
         "padding": None,
     }
     config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<bos>",
         "eos_token": "<eos>",
         "pad_token": "<pad>",

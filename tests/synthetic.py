@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.files.checkpoint import INDEX
+from mlx_diffgemma.files.folder import INDEX
 from mlx_diffgemma.files.layout import expected_tensors
 from mlx_diffgemma.files.shards import DTYPES, SIZES, as_raw
 

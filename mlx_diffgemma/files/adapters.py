@@ -15,14 +15,19 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
+from ..disk import replacing, user_path
 from ..errors import CheckpointError, ConfigError
 from ..model.network import Network, leaves
+from ..readers import read_json
+from ..values import Field, Table, integer, many, number, one_of
+from .shards import printable, read_header, write_tensors
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 DENSE = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 TARGETS = (*ATTENTION, *DENSE, *EXPERTS)
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,19 +39,25 @@ class Lora:
     keys: tuple[str, ...] = (*ATTENTION, *DENSE)
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"rank is {self.rank}, expected at least 1.")
+        integer(least=1, most=1 << 16).read(self.rank, "rank")
+        number().read(self.scale, "scale")
+        if not self.keys:
+            raise ConfigError("an adapter needs at least one target.")
         if unknown := [key for key in self.keys if key not in TARGETS]:
             raise ConfigError(f"unknown LoRA targets {', '.join(unknown)}; known: {', '.join(TARGETS)}.")
 
 
 def attach(network: Network, lora: Lora, *, seed: int = 0) -> None:
-    """Freeze the network and put an adapter, which changes nothing yet, beside every targeted projection."""
+    """Freeze the network and put an adapter, which changes nothing yet, beside every targeted projection. The caller's
+    random numbers go on as they would have."""
     network.freeze()
+    state: Any = mx.random.state
+    high, low = state[0].tolist()
     mx.random.seed(seed)
     for layer in network.decoder.layers:
         found = [(key, module) for key, module in layer.named_modules() if key in lora.keys]
         layer.update_modules(tree_unflatten([(key, _adapted(module, lora)) for key, module in found]))
+    mx.random.seed(high << 32 | low)
 
 
 def _adapted(module: nn.Module, lora: Lora) -> nn.Module:
@@ -56,13 +67,32 @@ def _adapted(module: nn.Module, lora: Lora) -> nn.Module:
 
 
 def save(network: Network, lora: Lora, folder: Path) -> None:
-    """Write adapter_config.json and adapters.safetensors, as mlx-lm does."""
+    """Write adapter_config.json and adapters.safetensors, as mlx-lm does. Errors: OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     parameters = {**asdict(lora), "keys": list(lora.keys), "dropout": 0.0}
     layers = len(network.decoder.layers)
     config = {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": parameters}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    mx.save_safetensors(str(folder / WEIGHTS), adapter_weights(network))
+    write_tensors(folder / WEIGHTS, adapter_weights(network))
+    with replacing(folder / CONFIG, "w") as stream:
+        stream.write(json.dumps(config, indent=2) + "\n")
+
+
+def find(path: str | Path) -> Path:
+    """The folder of an adapter that is said to be at `path`. Errors: ConfigError, CheckpointError."""
+    folder = user_path(path, "adapter")
+    if folder.is_file():
+        raise CheckpointError(f"adapter {folder} is a file, expected the folder that mlx_diffgemma.train wrote.")
+    if not folder.is_dir():
+        raise CheckpointError(f"adapter {folder}: there is no such folder.")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            peft = (
+                " This looks like a PEFT adapter: give the folder above it."
+                if (folder / PEFT_WEIGHTS).is_file()
+                else ""
+            )
+            raise CheckpointError(f"{folder} is not a LoRA adapter: {name} is missing.{peft}")
+    return folder
 
 
 def load(network: Network, folder: Path) -> None:
@@ -71,36 +101,47 @@ def load(network: Network, folder: Path) -> None:
     Errors: CheckpointError when the folder is no adapter, or one of another model: every tensor must fit exactly.
     """
     lora = read_config(folder)
+    read_header(folder / WEIGHTS)  # a damaged file is refused in words
     attach(network, lora)
-    try:
-        found: Any = mx.load(str(folder / WEIGHTS))
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from None
+    found: Any = mx.load(str(folder / WEIGHTS))
     expected = {name: weight.shape for name, weight in adapter_weights(network).items()}
     shapes = {name: weight.shape for name, weight in found.items()}
     if shapes != expected:
         wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
         raise CheckpointError(
-            f"{folder}: this adapter belongs to another model: {wrong[0]} is {shapes.get(wrong[0])},"
-            f" expected {expected.get(wrong[0])} ({len(wrong)} tensors differ)."
+            f"{folder / WEIGHTS}: this adapter belongs to another model: {printable(wrong[0])} is"
+            f" {shapes.get(wrong[0])}, expected {expected.get(wrong[0])} ({len(wrong)} tensors differ)."
         )
+    for name, weight in found.items():
+        if not mx.issubdtype(weight.dtype, mx.floating) or not mx.isfinite(weight).all():
+            raise CheckpointError(f"{folder / WEIGHTS}: {name} holds NaN, infinity or integers, expected weights.")
     network.load_weights(list(found.items()), strict=False)
     network.eval()
     mx.eval(network.parameters())
 
 
+_LORA = Table(
+    Field("rank", integer(least=1, most=1 << 16)),
+    Field("scale", number()),
+    Field("keys", many(one_of(*TARGETS), least=1)),
+    Field("dropout", one_of(0, 0.0), 0.0),
+    open=True,
+)
+_CONFIG = Table(
+    Field("fine_tune_type", one_of("lora"), "lora"),
+    Field("num_layers", integer(least=-1), None),
+    Field("lora_parameters", _LORA.kind),
+    open=True,
+)
+
+
 def read_config(folder: Path) -> Lora:
-    """The adapter's rank, scale and targets. Errors: CheckpointError, ConfigError."""
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        values = config["lora_parameters"]
-        kind, dropout = config.get("fine_tune_type", "lora"), values.get("dropout", 0.0)
-        lora = Lora(rank=values["rank"], scale=values["scale"], keys=tuple(values["keys"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} is not a LoRA adapter: {CONFIG} cannot be used ({error!r}).") from None
-    if kind != "lora" or dropout:
-        raise CheckpointError(f"{folder}: fine_tune_type is {kind!r} with dropout {dropout}, expected 'lora' with 0.")
-    return lora
+    """The adapter's rank, scale and targets. Errors: CheckpointError."""
+    values = read_json(folder / CONFIG)
+    if "peft_type" in values:
+        raise CheckpointError(f"{folder / CONFIG} is PEFT's, expected the folder that mlx_diffgemma.train wrote.")
+    values = _CONFIG.read(values, str(folder / CONFIG), fault=CheckpointError)["lora_parameters"]
+    return Lora(rank=values["rank"], scale=float(values["scale"]), keys=values["keys"])
 
 
 def fuse(network: Network) -> None:

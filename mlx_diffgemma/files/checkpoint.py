@@ -1,25 +1,25 @@
 """Checkpoint folders: names, shapes and packing, held against each other before a byte of a tensor is read.
 
-Three kinds of folder are read: a Hugging Face checkpoint (released or saved by transformers), a pack of this project,
-and the mlx-community packs. Nothing is believed: headers, offsets, indexes, names and shapes are checked against
-each other and against config.json.
+Read are Hugging Face checkpoints (released or saved by transformers), packs of this project, and those that others
+publish: mlx-vlm's, mlx-community's, vmlx's, OptiQ's. What becomes of each name is said in convert/.
 """
 
-import json
-import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..config import RELEASED, ModelConfig
-from ..errors import CheckpointError, ConfigError
-from ..generation.settings import GenerationConfig
+from ..disk import visible
+from ..errors import CheckpointError
+from ..generation.settings import GenerationConfig, unused_keys
+from ..readers import read_json
+from .folder import INDEX, count, families, read_tensors
 from .layout import find_rule, is_vision, sources
 from .quantization import Quantization, packing
-from .shards import FLOATS, Tensor, printable, read_header
+from .shards import FLOATS, Tensor, printable
 
-INDEX = "model.safetensors.index.json"
+Stored = dict[str, tuple[tuple[str, ...], tuple[int, ...]]]  # name → possible dtypes, shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,209 +32,223 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     quantized: dict[str, Quantization] = field(default_factory=dict)  # module path, as in the pack → packing
     tied: tuple[tuple[Tensor, str], ...] = ()  # dropped tensors, and the pack name of the tensor each must equal
+    joined: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # pack name → its first and last rows
+    notices: tuple[str, ...] = ()  # what was set aside, in a sentence each
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Errors: CheckpointError when the file is absent or something else."""
-    try:
-        values = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{file.name} is missing in {file.parent}.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file.name} cannot be read as JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file.name} holds a {type(values).__name__}, expected an object.")
-    return values
+@dataclass(frozen=True, kw_only=True)
+class _Sorted:
+    """The tensors of a folder by fate."""
 
-
-def _shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The weight files, and which tensor the index (if there is one) says is where."""
-    if (folder / INDEX).exists():
-        where = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
-            raise CheckpointError(f"{INDEX}: weight_map is not a map from tensor to file name.")
-        names = sorted(set(where.values()))
-        for name in names:
-            if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
-                raise CheckpointError(
-                    f"{INDEX} names a file outside the folder: {name!r}. Do not trust this checkpoint."
-                )
-    else:
-        where = None
-        names = found = sorted(path.name for path in folder.glob("model*.safetensors"))
-        if match := re.fullmatch(r"model-\d+-of-(\d+)\.safetensors", names[0] if names else ""):
-            names = [f"model-{i + 1:05d}-of-{match[1]}.safetensors" for i in range(min(int(match[1]), 100_000))]
-        if len(found) > len(names):
-            raise CheckpointError(f"{folder} has weights in more than one form, and no index says which: {found[0]}, …")
-    if not names:
-        raise CheckpointError(f"no model*.safetensors in {folder}: there are no weights to read.")
-    if absent := [name for name in names if not (folder / name).is_file()]:
-        raise CheckpointError(
-            f"{folder} lacks {len(absent)} of {len(names)} weight files: {', '.join(map(printable, absent[:3]))}"
-            f"{' …' if len(absent) > 3 else ''}.\nDownload the checkpoint again."
-        )
-    return [folder / name for name in names], where
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of all shards, checked against the index."""
-    files, index = _shard_files(folder)
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        for tensor in read_header(file):
-            if other := tensors.get(tensor.name):
-                raise CheckpointError(f"{printable(tensor.name)} is in two files: {other.file.name} and {file.name}.")
-            tensors[tensor.name] = tensor
-    if index is not None:
-        for name, file in index.items():
-            if name not in tensors:
-                raise CheckpointError(f"{INDEX} names {printable(name)}, and {file} does not have it.")
-            if tensors[name].file.name != file:
-                raise CheckpointError(f"{INDEX} puts {printable(name)} in {file}; it is in {tensors[name].file.name}.")
-        if extra := tensors.keys() - index.keys():
-            raise CheckpointError(f"{INDEX} does not mention {_tensors(extra)}: {families(extra)}.")
-    return tensors
-
-
-def _tensors(names: Collection[str]) -> str:
-    return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
-
-
-def families(names: Iterable[str], limit: int = 3) -> str:
-    """Names for an error message, layers folded together: `layers.{n}.mlp.up_proj.weight (30 ×)`."""
-    counts: dict[str, int] = {}
-    for name in sorted(names):
-        folded = re.sub(r"\.\d+\.", ".{n}.", printable(name))
-        counts[folded] = counts.get(folded, 0) + 1
-    shown = [f"{name} ({count} ×)" if count > 1 else name for name, count in counts.items()]
-    return ", ".join(shown[:limit]) + (f" and {len(shown) - limit} more kinds" if len(shown) > limit else "")
+    kept: dict[str, Tensor]
+    tied: list[tuple[Tensor, str]]
+    joined: dict[str, dict[int, Tensor]]
+    paths: dict[str, str]  # a module's path in a pack → the one it has here, by which config.json may call it
 
 
 def open_checkpoint(folder: Path, *, ignore_keys: tuple[str, ...] = ()) -> Checkpoint:
     """Read every header and hold it against config.json; no tensor is read, and `ignore_keys` are forgotten.
 
     Errors: ConfigError or CheckpointError for anything missing, extra, misshapen or unknown. All vision tensors
-    may be absent together (packs that keep them elsewhere).
+    may be absent together (packs that keep them elsewhere), or there without a `vision_config` (mlx-lm's leave it out).
     """
     folder = Path(folder)
     raw = read_json(folder / "config.json")
-    config = _parse(raw, ignore_keys)
+    config = ModelConfig.from_dict(raw, ignore_keys=ignore_keys)
     for key in ignore_keys:
         *part, name = key.split(".")
         (raw["text_config"] if part else raw).pop(name, None)
-    if isinstance(config.quantization, dict) and "quant_method" in config.quantization:
+    _refuse_other_tools(folder, config)
+    found = _sort(read_tensors(folder))
+    tensors, notices = _without_lone_vision(found.kept, config)
+    quantized = _quantized(tensors, found, config)
+    _compare(tensors, found.joined, _stored(config, quantized), folder)
+    return Checkpoint(
+        folder=folder,
+        raw_config=raw,
+        config=config,
+        tensors=tensors,
+        quantized=quantized,
+        tied=tuple(found.tied),
+        joined={name: (halves[0], halves[1]) for name, halves in found.joined.items()},
+        notices=notices,
+    )
+
+
+def _refuse_other_tools(folder: Path, config: ModelConfig) -> None:
+    block = config.quantization or {}
+    if "quant_method" in block:
         raise CheckpointError(
-            f"{folder} was quantized by another tool ({config.quantization['quant_method']!r}).\n"
+            f"{folder} was quantized by another tool (quantization.quant_method is {block['quant_method']!r}).\n"
             f"Start from {RELEASED} or an MLX pack."
         )
-    tensors, tied = _by_pack_name(_read_tensors(folder))
-    expected = {source.name: source.shape for source in sources(config)}
-    packed = {name.removesuffix(".scales") for name in tensors if name.endswith(".scales")}
-    quantized = {path: _packing_of(path, config) for path in packed if f"{path}.weight" in expected}
-    stored: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
-    for name, shape in expected.items():
-        path = name.removesuffix(".weight")
-        if path not in quantized:
-            stored[name] = (FLOATS, shape)
-            continue
-        if shape[-1] % quantized[path].group_size:
-            raise CheckpointError(f"{path}: groups of {quantized[path].group_size} do not divide {shape[-1]} columns.")
-        for part, (dtype, packed_shape) in packing(shape, quantized[path], "float").items():
-            stored[f"{path}.{part}"] = (FLOATS if dtype == "float" else (dtype,), packed_shape)
-    _compare(tensors, stored, folder)
-    return Checkpoint(folder=folder, raw_config=raw, config=config, tensors=tensors, quantized=quantized, tied=tied)
+    if block:
+        Quantization.from_dict(block, "config.json, quantization")
 
 
-def _by_pack_name(found: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[tuple[Tensor, str], ...]]:
-    """Sort tensors by fate: those that stay under their pack names, and those tied to one of them."""
-    tensors: dict[str, Tensor] = {}
-    tied: list[tuple[Tensor, str]] = []
+def _sort(found: dict[str, Tensor]) -> _Sorted:
+    """Which tensors stay under their pack names, which must equal another, which are rows of another."""
+    sorted_ = _Sorted(kept={}, tied=[], joined={}, paths={})
     unknown = []
     for name, tensor in found.items():
-        matrix, _, part = name.rpartition(".")
-        packed = f"{matrix}.weight" if part in ("scales", "biases") else name
-        rule, target = find_rule(packed)
+        path, part, rule, target = _fate(name)
         if rule is None:
             unknown.append(name)
         elif rule.fate == "refuse":
             raise CheckpointError(f"this checkpoint cannot be read: it has {printable(name)}.\n{rule.because}")
         elif rule.fate == "drop":
-            tied.append((tensor, find_rule(target)[1]))
-        elif (target := target if packed == name else name) in tensors:
-            raise CheckpointError(f"{target} is there twice: as {name} and as {tensors[target].name}.")
-        else:
-            tensors[target] = tensor
-    unknown += [tensor.name for tensor, target in tied if target not in tensors]
+            sorted_.tied.append((tensor, target))
+        elif rule.fate == "join":
+            sorted_.joined.setdefault(target, {})[rule.half] = tensor
+            sorted_.paths[target.removesuffix(f".{part}")] = path
+        elif rule.fate != "ignore":
+            if target in sorted_.kept:
+                raise CheckpointError(f"{target} is there twice: as {name} and as {sorted_.kept[target].name}.")
+            sorted_.kept[target] = tensor
+            sorted_.paths[target.removesuffix(f".{part}")] = path
+    unknown += [tensor.name for tensor, target in sorted_.tied if target not in sorted_.kept]
     if unknown:
         raise CheckpointError(
-            f"no rule in convert/diffusiongemma-26b-a4b.toml mentions {_tensors(unknown)}: {families(unknown)}.\n"
+            f"no rule in convert/diffusiongemma-26b-a4b.toml mentions {count(unknown)}: {families(unknown)}.\n"
             "This is another model, or a newer one than this version knows."
         )
-    return tensors, tuple(tied)
+    if halves := [name for name, found_ in sorted_.joined.items() if len(found_) != 2 or name in sorted_.kept]:
+        raise CheckpointError(f"gate_proj and up_proj do not make one whole gate_up_proj: {families(halves)}.")
+    return sorted_
 
 
-def _packing_of(path: str, config: ModelConfig) -> Quantization:
-    """How config.json says a matrix is packed; an override without a mode is affine, whatever the base is."""
-    blocks = config.quantization
-    if not blocks or not isinstance(blocks, dict):
-        raise CheckpointError(f"{path} is packed (it has .scales), and config.json has no `quantization` block.")
-    override = blocks.get(path)
-    values = override if isinstance(override, dict) else blocks
-    values = {key: value for key, value in values.items() if key in ("bits", "group_size", "mode")}
-    return Quantization.from_dict(values, f"config.json, quantization of {path}")
+def _fate(name: str) -> tuple[str, str, Any, str]:
+    """A tensor's module and part, the rule for it, and the pack name that the rule gives it.
+
+    `scales` and `biases` of a packed matrix go where its `weight` goes, and equal what that one's equal.
+    """
+    path, _, part = name.rpartition(".")
+    if part not in ("scales", "biases"):
+        rule, target = find_rule(name)
+        if rule is not None and rule.fate == "drop":
+            target = find_rule(target)[1]
+        return path, part, rule, target
+    rule, target = find_rule(f"{path}.weight")
+    if rule is not None and rule.fate == "drop":
+        target = find_rule(target)[1]
+    return path, part, rule, f"{target.removesuffix('.weight')}.{part}"
 
 
-def _compare(
-    tensors: dict[str, Tensor], stored: dict[str, tuple[tuple[str, ...], tuple[int, ...]]], folder: Path
-) -> None:
+def _without_lone_vision(tensors: dict[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Vision tensors are set aside where config.json does not describe a tower."""
+    lone = [name for name in tensors if is_vision(name)]
+    if config.vision is not None or not lone:
+        return tensors, ()
+    text = {name: tensor for name, tensor in tensors.items() if not is_vision(name)}
+    return text, (f"config.json has no vision_config: {count(lone)} of a vision tower are set aside.",)
+
+
+def _quantized(tensors: dict[str, Tensor], found: _Sorted, config: ModelConfig) -> dict[str, Quantization]:
+    names = [*tensors, *found.joined]
+    paths = [name.removesuffix(".scales") for name in names if name.endswith(".scales")]
+    return {path: _packing_of(path, found.paths[path], config) for path in paths}
+
+
+def _packing_of(path: str, own: str, config: ModelConfig) -> Quantization:
+    """How config.json says a matrix is packed, under its pack name or its own; an override without a mode is affine,
+    whatever the base is."""
+    block = config.quantization
+    if not block:
+        raise CheckpointError(f"{own} is packed (it has .scales), and config.json has no `quantization` block.")
+    override = next((block[name] for name in (path, own) if name in block), None)
+    if override is not None and override is not True and not isinstance(override, dict):
+        raise CheckpointError(f"{own} is packed (it has .scales), and config.json says {override!r} of its packing.")
+    return Quantization.from_dict(
+        override if isinstance(override, dict) else block, f"config.json, quantization of {own}"
+    )
+
+
+def _stored(config: ModelConfig, quantized: dict[str, Quantization]) -> Stored:
+    """What must lie in the files: pack name → dtypes and shape."""
+    stored: Stored = {}
+    for source in sources(config):
+        how = quantized.get(source.path)
+        if how is None:
+            stored[source.name] = (FLOATS, source.shape)
+            continue
+        if source.shape[-1] % how.group_size:
+            raise CheckpointError(
+                f"{source.path}: groups of {how.group_size} do not divide {source.shape[-1]} columns."
+            )
+        for part, (dtype, shape) in packing(source.shape, how, "float").items():
+            stored[f"{source.path}.{part}"] = (FLOATS if dtype == "float" else (dtype,), shape)
+    return stored
+
+
+def _compare(tensors: dict[str, Tensor], joined: dict[str, dict[int, Tensor]], stored: Stored, folder: Path) -> None:
     """Errors: CheckpointError naming what is missing, extra, misshapen or of the wrong dtype."""
-    missing = stored.keys() - tensors.keys()
+    names: Collection[str] = tensors.keys() | joined.keys()
+    missing = stored.keys() - names
     vision = {name for name in stored if is_vision(name)}
-    if not vision & tensors.keys():
+    if not vision & names:
         missing -= vision
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of {len(stored)} tensors: {families(missing)}.\n"
             "Download the checkpoint again, or check that config.json belongs to it."
         )
-    if extra := tensors.keys() - stored.keys():
+    if extra := names - stored.keys():
         raise CheckpointError(
-            f"the model that config.json describes has no place for {_tensors(extra)}: {families(extra)}.\n"
+            f"the model that config.json describes has no place for {count(extra)}: {families(extra)}.\n"
             "Check that config.json belongs to this checkpoint."
         )
     for name, tensor in tensors.items():
-        dtypes, shape = stored[name]
-        if tensor.shape != shape or tensor.dtype not in dtypes:
-            raise CheckpointError(
-                f"{tensor.file.name}: {name} is {tensor.dtype} {list(tensor.shape)},"
-                f" expected {' or '.join(dtypes)} {list(shape)} by config.json."
-            )
+        _compare_one(tensor, name, *stored[name])
+    for name, halves in joined.items():
+        dtypes, (experts, rows, width) = stored[name]
+        for half in halves.values():
+            _compare_one(half, half.name, dtypes, (experts, rows // 2, width))
+
+
+def _compare_one(tensor: Tensor, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape or tensor.dtype not in dtypes:
+        raise CheckpointError(
+            f"{tensor.file.name}: {name} is {tensor.dtype} {list(tensor.shape)},"
+            f" expected {' or '.join(dtypes)} {list(shape)} by config.json."
+        )
+
+
+# ----------------------------------------------------------------------------------------------- beside the weights
 
 
 def read_config(folder: Path, *, ignore_keys: tuple[str, ...] = ()) -> ModelConfig:
     """The architecture of the checkpoint in `folder`."""
-    return _parse(read_json(Path(folder) / "config.json"), ignore_keys)
+    return ModelConfig.from_dict(read_json(Path(folder) / "config.json"), ignore_keys=ignore_keys)
 
 
-def _parse(config: dict[str, Any], ignore_keys: tuple[str, ...]) -> ModelConfig:
-    try:
-        return ModelConfig.from_dict(config, ignore_keys=ignore_keys)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"config.json has a value of the wrong kind: {error}.") from None
+def read_generation_config(folder: Path, config: ModelConfig | None = None) -> GenerationConfig:
+    """generation_config.json where there is one; its stop ids are joined by those of config.json. Ids that the
+    vocabulary does not have can stop nothing, and are left out. Errors: CheckpointError, ConfigError."""
+    config = config or read_config(folder)
+    settings = GenerationConfig.from_dict(_generation(folder), stop_ids=config.eos_token_ids)
+    if settings.pad_token_id >= config.vocab_size:
+        raise CheckpointError(
+            f"generation_config.json: pad_token_id is {settings.pad_token_id}, expected an id of the vocabulary:"
+            f" 0 … {config.vocab_size - 1}."
+        )
+    return settings.replace(stop_ids=tuple(i for i in settings.stop_ids if i < config.vocab_size))
 
 
-def read_generation_config(folder: Path) -> GenerationConfig:
-    """generation_config.json where there is one; its stop ids are joined by those of config.json."""
+def unused_settings(folder: Path) -> list[str]:
+    """What generation_config.json says that does nothing here, in a sentence each."""
+    return unused_keys(_generation(folder))
+
+
+def _generation(folder: Path) -> dict[str, Any]:
     file = Path(folder) / "generation_config.json"
-    values = read_json(file) if file.exists() else {}
-    return GenerationConfig.from_dict(values, stop_ids=read_config(folder).eos_token_ids)
+    return read_json(file) if file.exists() else {}
 
 
-SIDES = ("*.json", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*")
+SIDES = ("*.json", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*", "chat_templates/*.jinja")
 
 
 def side_files(folder: Path) -> list[Path]:
-    """What travels with the weights unchanged."""
+    """What travels with the weights unchanged, as paths below the folder."""
     made_here = {"config.json", INDEX, "plan.json", "model_index.json"}
-    found = {file for pattern in SIDES for file in folder.glob(pattern) if file.is_file()}
-    return sorted(file for file in found if file.name not in made_here)
+    found = {file for pattern in SIDES for file in visible(folder, pattern) if file.is_file()}
+    return sorted(file.relative_to(folder) for file in found if file.name not in made_here)

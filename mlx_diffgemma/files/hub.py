@@ -4,7 +4,10 @@ import re
 from pathlib import Path
 
 from ..config import RELEASED
+from ..disk import is_junk, reason, user_path
 from ..errors import CheckpointError, ConfigError, TrainingError
+from ..values import shown
+from .folder import SIDECARS
 
 PACKS = tuple(f"mlx-community/diffusiongemma-26B-A4B-it-{kind}" for kind in ("4bit", "8bit", "bf16"))
 
@@ -15,15 +18,23 @@ def resolve(path_or_repo: str | Path, revision: str | None = None, *, weights: b
     `weights=False` fetches everything but the tensors. Errors: CheckpointError for a folder or repository that is
     absent, gated or unreachable, with the nearest name; ConfigError for a revision of a local folder.
     """
-    folder = Path(path_or_repo).expanduser()
-    if folder.is_dir():
+    if not isinstance(path_or_repo, str | Path):
+        raise CheckpointError(f"the model's path is {shown(path_or_repo)}, expected a folder or a Hub repository.")
+    folder = user_path(path_or_repo, "model")
+    try:
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except OSError as error:
+        raise CheckpointError(f"model {str(folder)[:120]} cannot be used: {reason(error)}.") from None
+    if is_folder:
         if revision is not None:
             raise ConfigError(f"{folder} is a local folder; a revision ({revision}) exists only on the Hub.")
         return folder
-    if folder.exists():
+    if exists:
         raise CheckpointError(f"{folder} is a file; expected the folder of a checkpoint.")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path_or_repo)):
         raise CheckpointError(f"there is no folder {folder}.{_nearest_folder(folder)}")
+    if revision is not None and not isinstance(revision, str):
+        raise ConfigError(f"revision is {shown(revision)}, expected a branch, a tag or a commit.")
     return _download(str(path_or_repo), revision, weights)
 
 
@@ -31,7 +42,7 @@ def _nearest_folder(folder: Path) -> str:
     import difflib
 
     try:
-        names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+        names = [path.name for path in folder.parent.iterdir() if path.is_dir() and not is_junk(path.name)]
     except OSError:
         return f" A Hub repository is written owner/name, as {RELEASED}."
     close = difflib.get_close_matches(folder.name, names, n=1)
@@ -43,7 +54,7 @@ def _download(repo: str, revision: str | None, weights: bool) -> Path:
 
     from huggingface_hub import errors, snapshot_download
 
-    patterns = ["*.json", "*.jinja", "tokenizer.model"] + (["model*.safetensors"] if weights else [])
+    patterns = ["*.json", "*.jinja", "tokenizer.model"] + (["model*.safetensors", *SIDECARS] if weights else [])
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError:
@@ -58,8 +69,16 @@ def _download(repo: str, revision: str | None, weights: bool) -> Path:
         raise CheckpointError(f"{repo} has no revision {revision!r}.") from None
     except (errors.HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"{repo} is not a folder here and cannot be fetched from the Hub: {str(error).splitlines()[0][:120]}"
+            f"{repo} is not a folder here and cannot be fetched from the Hub: {_why(error)}"
         ) from None
+
+
+def _why(error: Exception) -> str:
+    """The first sentence of a failure of the Hub's, or why the disk refused."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{reason(error)}."
+    text = (str(error).strip().splitlines() or ["no answer"])[0]
+    return text if len(text) <= 160 else f"{text[:159]}…"
 
 
 def check_upload(repo: str) -> None:
@@ -69,9 +88,8 @@ def check_upload(repo: str) -> None:
     try:
         HfApi().whoami()
     except (errors.LocalTokenNotFoundError, errors.HfHubHTTPError, OSError) as error:
-        reason = (str(error).splitlines() or [""])[0][:120]
         raise CheckpointError(
-            f"cannot upload to {repo}: {reason}\nRun `hf auth login`, or leave out the upload."
+            f"cannot upload to {repo}: {_why(error)}\nRun `hf auth login`, or leave out the upload."
         ) from None
 
 
@@ -84,7 +102,7 @@ def upload(folder: Path, repo: str) -> None:
         api.create_repo(repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder)
     except (errors.HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{folder} is complete, its upload to {repo} failed: {str(error)[:160]}") from None
+        raise CheckpointError(f"{folder} is complete, its upload to {repo} failed: {_why(error)}") from None
 
 
 def dataset(repo: str) -> Path:
@@ -95,4 +113,4 @@ def dataset(repo: str) -> Path:
     try:
         return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=["*.jsonl"]))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise TrainingError(f"{repo} is no folder and no dataset that can be fetched: {str(error)[:120]}") from None
+        raise TrainingError(f"--data {repo} is no folder and no dataset that can be fetched: {_why(error)}") from None

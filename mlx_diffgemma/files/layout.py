@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import ModelConfig
-from ..errors import ConfigError
+from ..values import Field, Table, flag, integer
 from .shipped import knowledge
 
 
@@ -28,6 +28,11 @@ class Rule:
     component: str
     quantize: bool
     because: str
+    half: int = 0  # of a tensor that is stored in two: 0 its first rows, 1 its last
+
+
+# What may become of a tensor, in the order in which the rules are asked, and the key that has its name in a pack.
+FATES = {"join": "to", "keep": "name", "rename": "to", "drop": "same_as", "ignore": "name", "refuse": "name"}
 
 
 @functools.cache
@@ -42,8 +47,9 @@ def rules() -> tuple[Rule, ...]:
             component=entry.get("component", ""),
             quantize=entry.get("quantize", False),
             because=entry["because"],
+            half=entry.get("half", 0),
         )
-        for fate, key in (("keep", "name"), ("rename", "to"), ("drop", "same_as"), ("refuse", "name"))
+        for fate, key in FATES.items()
         for entry in described[fate]
     )
 
@@ -105,21 +111,31 @@ def _gated_mlp(prefix: str, suffix: str, hidden: int, wide: int) -> dict[str, tu
     return {f"{prefix}{name}{suffix}.weight": shape for name, shape in shapes.items()}
 
 
+_SIZES = "hidden_size intermediate_size head_dim num_attention_heads num_key_value_heads patch_size".split()
+_VISION = Table(
+    *(Field(name, integer(least=1, most=1 << 20)) for name in _SIZES),
+    Field("position_embedding_size", integer(least=1, most=1 << 24)),
+    Field("num_hidden_layers", integer(least=1, most=1000)),
+    Field("standardize", flag, True),
+    open=True,
+)
+
+
 def _vision_tensors(vision: dict[str, Any], text_hidden: int) -> dict[str, tuple[int, ...]]:
     """The vision tower (transformers gemma4_vision) and the projection into the text model."""
-    keys = ("hidden_size", "intermediate_size", "head_dim", "num_attention_heads", "num_key_value_heads")
-    keys += ("patch_size", "position_embedding_size", "num_hidden_layers")
-    for key in keys:
-        if not isinstance(vision.get(key), int) or vision[key] < 1:
-            raise ConfigError(f"config.json: vision_config.{key} is {vision.get(key)!r}, expected a positive integer.")
-    hidden, wide, dim, heads, kv_heads, patch, positions, count = (vision[key] for key in keys)
+    read = _VISION.kind.read(vision, "config.json", "vision_config")
+    hidden, wide, dim, heads = (
+        read[key] for key in ("hidden_size", "intermediate_size", "head_dim", "num_attention_heads")
+    )
+    kv_heads, patch, positions = (read[key] for key in ("num_key_value_heads", "patch_size", "position_embedding_size"))
+    count = read["num_hidden_layers"]
     tower = "model.encoder.vision_tower."
     shapes: dict[str, tuple[int, ...]] = {
         "model.encoder.embed_vision.embedding_projection.weight": (text_hidden, hidden),
         f"{tower}patch_embedder.input_proj.weight": (hidden, 3 * patch**2),
         f"{tower}patch_embedder.position_embedding_table": (2, positions, hidden),
     }
-    if vision.get("standardize", True):
+    if read["standardize"]:
         shapes |= {f"{tower}std_bias": (hidden,), f"{tower}std_scale": (hidden,)}
     for i in range(count):
         prefix = f"{tower}encoder.layers.{i}."

@@ -7,11 +7,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..disk import replacing
 from ..errors import CheckpointError
 from ..model.network import Network
-from .adapters import CONFIG, EXPERTS, Lora, adapter_weights
+from .adapters import CONFIG, EXPERTS, PEFT_WEIGHTS, Lora, adapter_weights
+from .shards import write_tensors
 
-PEFT_WEIGHTS = "adapter_model.safetensors"
 ROLES = ("model.encoder.language_model", "model.decoder")  # where transformers keeps the two modules that share weights
 
 
@@ -27,9 +28,10 @@ def save_peft(network: Network, lora: Lora, folder: Path, *, base: str) -> None:
         raise CheckpointError(f"nothing was written to {folder}: no adapter is attached to this network.")
     layers = len(network.decoder.layers)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(_peft_config(lora, layers, base), indent=2) + "\n")
+    with replacing(folder / CONFIG, "w") as stream:
+        stream.write(json.dumps(_peft_config(lora, layers, base), indent=2) + "\n")
     weights = {name: weight for role in ROLES for name, weight in _peft_weights(found, lora, role).items()}
-    mx.save_safetensors(str(folder / PEFT_WEIGHTS), weights, {"format": "pt"})
+    write_tensors(folder / PEFT_WEIGHTS, weights, {"format": "pt"})
 
 
 def _peft_config(lora: Lora, layers: int, base: str) -> dict[str, Any]:

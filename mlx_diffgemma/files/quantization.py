@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from ..values import Field, Table, integer, one_of
 
 if TYPE_CHECKING:  # not needed to name and describe a packing
     import mlx.core as mx
@@ -16,6 +17,12 @@ Dims = tuple[int, ...]
 
 # What MLX means by a mode when nothing else is said: (group size, bits); the mx and nv modes have no other.
 MODE_DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
+_BLOCK = Table(
+    Field("bits", integer(), None),
+    Field("group_size", integer(), None),
+    Field("mode", one_of(*MODE_DEFAULTS), "affine"),
+    open=True,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +36,10 @@ class Quantization:
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> "Quantization":
         """Read `{bits, group_size, mode}`; absent values are MLX's defaults for the mode."""
-        mode = values.get("mode", "affine")
-        if mode not in tuple(MODE_DEFAULTS):
-            raise ConfigError(f"{where}: mode is {mode!r}, expected one of {', '.join(MODE_DEFAULTS)}.")
+        block = _BLOCK.read(values, where)
+        mode = block["mode"]
         group_size, bits = MODE_DEFAULTS[mode]
-        made = cls(bits=values.get("bits", bits), group_size=values.get("group_size", group_size), mode=mode)
-        if type(made.bits) is not int or type(made.group_size) is not int:
-            raise ConfigError(f"{where}: bits and group_size are integers; got {made.bits!r}, {made.group_size!r}.")
+        made = cls(bits=block["bits"] or bits, group_size=block["group_size"] or group_size, mode=mode)
         if mode != "affine" and (made.group_size, made.bits) != (group_size, bits):
             raise ConfigError(
                 f"{where}: {mode} is always {bits} bits in groups of {group_size};"

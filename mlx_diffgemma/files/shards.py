@@ -4,17 +4,19 @@ Written by ourselves because a conversion reads a few rows of a tensor at a time
 format's own reader trusts more than a download deserves.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import mlx.core as mx
 import numpy as np
 
+from ..disk import reason, replacing
 from ..errors import CheckpointError
+from ..readers import parse_json
+from ..values import shown
 
 DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32, "U8": mx.uint8}
 SIZES = {name: dtype.size for name, dtype in DTYPES.items()}
@@ -64,13 +66,14 @@ def read_header(file: Path) -> list[Tensor]:
                     f"{where} is not a whole safetensors file: its header claims {length:,} bytes,"
                     f" the file has {size:,} and headers may have {MAX_HEADER:,}.\nDownload it again."
                 )
-            header = json.loads(stream.read(length), object_pairs_hook=_no_duplicates)
+            raw = stream.read(length)
+    except FileNotFoundError:
+        raise CheckpointError(f"{where} is missing in {file.parent}.") from None
     except OSError as error:
-        raise CheckpointError(f"{where} cannot be read: {error.strerror or error}.") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: the header is not JSON: {error}. Download it again.") from None
+        raise CheckpointError(f"{file} cannot be read: {reason(error)}.") from None
+    header = parse_json(raw, f"{where}: the header")
     if not isinstance(header, dict):
-        raise CheckpointError(f"{where}: the header is a {type(header).__name__}, expected names and entries.")
+        raise CheckpointError(f"{where}: the header is {shown(header)}, expected names and entries.")
     header.pop("__metadata__", None)
     tensors = [_entry(name, entry, file, 8 + length) for name, entry in header.items()]
     position = 8 + length
@@ -84,12 +87,6 @@ def read_header(file: Path) -> list[Tensor]:
     if position != size:
         raise CheckpointError(f"{where} is truncated or padded: {position:,} bytes expected, got {size:,}.")
     return sorted(tensors, key=lambda t: t.start)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(names := dict(pairs)) != len(pairs):
-        raise ValueError("a key appears twice")
-    return names
 
 
 def _entry(name: str, entry: Any, file: Path, base: int) -> Tensor:
@@ -146,3 +143,10 @@ def write_at(file: int, data: memoryview, position: int) -> None:
     while len(data):
         count = os.pwrite(file, data, position)
         data, position = data[count:], position + count
+
+
+def write_tensors(file: Path, tensors: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that appears whole, through a stream of Python's: MLX's own says only that it could not write.
+    Errors: OSError."""
+    with replacing(file) as stream:
+        mx.save_safetensors(cast(BinaryIO, stream), tensors, metadata)

@@ -8,20 +8,28 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..disk import replacing_folder
-from ..errors import CheckpointError
+from ..disk import replacing_folder, visible
+from ..errors import CheckpointError, ConfigError
 from ..model.network import Network, leaves
 from ..model.table import unpacked_dtype
-from .checkpoint import open_checkpoint, side_files
-from .layout import is_vision
+from .checkpoint import Checkpoint, open_checkpoint, side_files
+from .folder import read_tensors
+from .layout import find_rule, is_vision
 from .quantization import Quantization, dequantize
-from .shards import Tensor
+from .shards import Tensor, write_tensors
 
 
 def load_network(path: Path, *, lazy: bool = False, ignore_keys: tuple[str, ...] = ()) -> Network:
     """The text network with the weights in `path`: every parameter filled exactly once, no tensor left over but
-    vision's. `lazy` leaves the weights on disk until they are used."""
-    checkpoint = open_checkpoint(path, ignore_keys=ignore_keys)
+    vision's. `lazy` leaves the weights on disk until they are used.
+
+    Errors: CheckpointError, ConfigError; unless lazy, for weights that are no numbers, too.
+    """
+    return filled(open_checkpoint(path, ignore_keys=ignore_keys), lazy=lazy)
+
+
+def filled(checkpoint: Checkpoint, *, lazy: bool = False) -> Network:
+    """`load_network` of a checkpoint that is open already."""
     network = Network(checkpoint.config)
     quantized = {path.removeprefix("model."): how for path, how in checkpoint.quantized.items()}
 
@@ -30,24 +38,49 @@ def load_network(path: Path, *, lazy: bool = False, ignore_keys: tuple[str, ...]
         return False if how is None else {"bits": how.bits, "group_size": how.group_size, "mode": how.mode}
 
     nn.quantize(network, class_predicate=packed)
-    text = {name: tensor for name, tensor in checkpoint.tensors.items() if not is_vision(name)}
-    used = [*text.values(), *(tensor for tensor, _ in checkpoint.tied)]
-    files = {file: cast(dict[str, mx.array], mx.load(str(file))) for file in {tensor.file for tensor in used}}
-    for tensor, twin in checkpoint.tied:
-        if not mx.array_equal(files[tensor.file][tensor.name], files[text[twin].file][text[twin].name]):
-            raise trained_apart(tensor, twin)
-    weights = {name.removeprefix("model."): files[t.file][t.name] for name, t in text.items()}
+    weights = _read(checkpoint)
     try:
         network.load_weights(list(weights.items()), strict=True)
     except ValueError as error:
-        raise CheckpointError(f"the network and {path} disagree: {str(error).splitlines()[0]}") from None
+        what = str(error).splitlines()[0]
+        raise CheckpointError(f"the network and {checkpoint.folder} disagree: {what}") from None
     network.eval()
     experts = {name.removesuffix(".weight") for name in weights if ".experts." in name and name.endswith(".weight")}
     if mx.default_device() == mx.cpu and not experts <= quantized.keys():
         network.set_dtype(mx.float32)  # MLX's CPU backend multiplies expert weights in float32 only
     if not lazy:
         mx.eval(network.parameters())
+        _refuse_nonfinite(network, checkpoint)
     return network
+
+
+def _read(checkpoint: Checkpoint) -> dict[str, mx.array]:
+    """The text network's weights by their names in it, still on disk; tied ones are compared, halves joined."""
+    text = {name: tensor for name, tensor in checkpoint.tensors.items() if not is_vision(name)}
+    halves = [half for pair in checkpoint.joined.values() for half in pair]
+    used = {tensor.file for tensor in (*text.values(), *halves, *(tensor for tensor, _ in checkpoint.tied))}
+    files = {file: cast(dict[str, mx.array], mx.load(str(file))) for file in used}
+
+    def array(tensor: Tensor) -> mx.array:
+        return files[tensor.file][tensor.name]
+
+    for tensor, twin in checkpoint.tied:
+        if not mx.array_equal(array(tensor), array(text[twin])):
+            raise trained_apart(tensor, twin)
+    weights = {name: array(tensor) for name, tensor in text.items()}
+    weights |= {name: mx.concatenate([array(a), array(b)], axis=1) for name, (a, b) in checkpoint.joined.items()}
+    return {name.removeprefix("model."): weight for name, weight in weights.items()}
+
+
+def _refuse_nonfinite(network: Network, checkpoint: Checkpoint) -> None:
+    """NaN and infinity are no weights: what is generated from them says nothing, and need not look it."""
+    for name, weight in leaves(network.parameters()).items():
+        if mx.issubdtype(weight.dtype, mx.floating) and not mx.isfinite(weight).all():
+            stored = checkpoint.tensors.get(f"model.{name}")
+            file = stored.file.name if stored else checkpoint.folder
+            raise CheckpointError(
+                f"{file}: model.{name} holds NaN or infinity, expected finite weights.\nDownload the checkpoint again."
+            )
 
 
 def trained_apart(tensor: Tensor, twin: str) -> CheckpointError:
@@ -91,16 +124,36 @@ def unpack_trunk(network: nn.Module) -> None:
 
 def write_model(network: Network, source: Path, folder: Path) -> None:
     """A checkpoint under the released names (packed matrices under those of a pack), with the vision tower and all
-    else that lies in `source`."""
+    else that lies in `source`. It appears whole, in place of what was there.
+
+    Errors: ConfigError for a folder that is, holds or lies in the source; OSError.
+    """
+    check_apart(folder, source)
     found = leaves(network.parameters())
     weights = {}
     for name, weight in found.items():
         stacked = ".experts." in name and name.replace(".weight", ".scales") not in found
         weights["model." + (name.removesuffix(".weight") if stacked else name)] = weight
-    for file in sorted(source.glob("model*.safetensors")):
-        beside: Any = mx.load(str(file))
-        weights |= {name: tensor for name, tensor in beside.items() if is_vision(name)}
+    vision = _vision(source)
+    files = {file: cast(dict[str, mx.array], mx.load(str(file))) for file in {t.file for t in vision.values()}}
+    weights |= {name: files[tensor.file][tensor.name] for name, tensor in vision.items()}
     with replacing_folder(folder) as made:
-        mx.save_safetensors(str(made / "model.safetensors"), weights, metadata={"format": "mlx"})
-        for file in (source / "config.json", *side_files(source)):
-            shutil.copyfile(file, made / file.name)
+        write_tensors(made / "model.safetensors", weights, {"format": "mlx"})
+        for name in (Path("config.json"), *side_files(source)):
+            (made / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, made / name)
+
+
+def _vision(source: Path) -> dict[str, Tensor]:
+    """The vision tower's tensors in a folder, under their pack names; it may hold nothing else, or not even them."""
+    found = read_tensors(source) if visible(source, "*.safetensors") else {}
+    return {target: tensor for name, tensor in found.items() if is_vision(target := find_rule(name)[1])}
+
+
+def check_apart(folder: Path, source: Path) -> None:
+    """Errors: ConfigError when writing `folder` would replace `source`, from which weights may still be read."""
+    a, b = folder.resolve(), source.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise ConfigError(
+            f"{folder} and the model it is made from, {source}, lie inside one another: choose another place."
+        )

@@ -49,7 +49,7 @@ def generate(
 
 def count_tokens(network: Network, prompts: list[list[int]], settings: GenerationConfig) -> int:
     """How many tokens fit the request and the context; PromptError when not even one does."""
-    return min(settings.max_tokens, check_prompts(network, prompts, 1, "one token"))
+    return min(settings.max_tokens, check_prompts(network, prompts, settings, 1, "one token"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..model.cache import PrefixCache
 from ..model.network import Network
 from . import autoregressive, sampler, vocabulary
@@ -79,7 +79,7 @@ def count_canvases(network: Network, prompts: list[list[int]], settings: Generat
     trained = network.config.canvas_length
     if length > trained:
         raise ConfigError(f"canvas_length is {length}, expected at most {trained}, the model's own.")
-    room = check_prompts(network, prompts, length, f"one canvas of {length}")
+    room = check_prompts(network, prompts, settings, length, f"one canvas of {length}")
     return min(-(-settings.max_tokens // length), room // length)
 
 
@@ -95,7 +95,9 @@ class _Run(Run):
         for index in range(canvases):
             best = mx.zeros((len(self.rows), self.length), mx.int32)
             trace = _Trace([not row.reason for row in self.rows])
-            canvas = _Canvas(self.network, self.cache, self.settings, self.noise, index, trace.running)  # 2
+            canvas = _Canvas(
+                self.network, self.cache, self.settings, self.noise, index, trace.running, self.reader
+            )  # 2
             for event in self.timed("denoise", canvas.steps()):  # 3 – 7
                 trace.add(event)
                 best = event.best
@@ -163,8 +165,10 @@ class _Canvas:
         noise: Noise,
         index: int,
         running: list[bool],
+        reader: Reader,
     ):
         self.network, self.cache, self.settings, self.noise, self.index = network, cache, settings, noise, index
+        self.reader = reader
         self.canvas = noise.canvas(index)  # [B, L]
         self.signal: mx.array | None = None  # [B, L, H]; None is the zero signal of step 0
         self.best = self.canvas
@@ -244,6 +248,11 @@ class _Canvas:
         """Waits for the step, and fetches its few numbers at once."""
         numbers = mx.stack([accepted.sum(axis=-1), self.entropy.mean(axis=-1), self.done, self.early])
         counts, means, settled, early = np.array(numbers).tolist()
+        if any(mean != mean for mean in means):
+            raise CheckpointError(
+                f"the network computes NaN (canvas {self.index}, step {step}): its weights are damaged, or their values"
+                " overflow.\nDownload the checkpoint again; float16 can overflow, bfloat16 does not."
+            )
         return Denoised(
             index=self.index,
             step=step,
@@ -258,6 +267,7 @@ class _Canvas:
             mean_entropy=tuple(means),
             settled=tuple(map(bool, settled)),
             early=tuple(map(bool, early)) if self.settings.stable_answer else (),
+            decode=self.reader.decode,
         )
 
 

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from .drawing import Decode, canvas_html, text_html
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prefilled:
@@ -15,6 +17,9 @@ class Prefilled:
 
     tokens: int
     total: int
+
+    def _repr_html_(self) -> str:
+        return text_html("", f"reading the prompt {self.tokens}/{self.total}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +39,17 @@ class Denoised:
     mean_entropy: tuple[float, ...]  # nats
     settled: tuple[bool, ...]  # the row is over
     early: tuple[bool, ...] = ()  # it is over only because its answer stayed the same; empty without stable_answer
+    decode: Decode = field(default=str, repr=False, compare=False)  # the run's reader's, for drawing
+
+    def _repr_html_(self) -> str:
+        """The canvas of every row, in a notebook."""
+        arrays: list[Any] = [self.best.tolist(), self.accepted.tolist(), self.entropy.tolist()]
+        drawn = []
+        for row, (best, accepted, entropy) in enumerate(zip(*arrays, strict=True)):
+            counts = f"accepted {self.accepted_count[row]}/{len(best)} · entropy {self.mean_entropy[row]:.3f}"
+            note = f"step {self.step + 1}/{self.steps} · {counts}" + " · settled" * self.settled[row]
+            drawn.append(canvas_html(best, accepted, entropy, self.decode, note))
+        return "".join(drawn)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +92,9 @@ class Committed:
     def thinking(self) -> str:
         """Likewise, of its thoughts."""
         return self.rows[0].thinking
+
+    def _repr_html_(self) -> str:
+        return "".join(text_html(row.text, f"{row.steps} steps" + " · settled" * row.settled) for row in self.rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +141,10 @@ class Finished:
         """The only row's result."""
         return self.results[0]
 
+    def _repr_html_(self) -> str:
+        drawn = (result._repr_html_() for result in self.results if hasattr(result, "_repr_html_"))
+        return "".join(drawn) or text_html("", ", ".join(self.reasons))
+
 
 Event = Prefilled | Denoised | Committed | Finished
 
@@ -131,6 +154,10 @@ class Reader(Protocol):
 
     def read(self, row: int, ids: tuple[int, ...], *, last: bool) -> tuple[str, str]:
         """Text and thoughts that became visible with these ids; `last`: the row finishes with them."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids → text, for drawing."""
         ...
 
     def conclude(self, row: int, reason: str, canvases: tuple[CanvasRow, ...], statistics: Statistics) -> Any:
@@ -143,6 +170,9 @@ class NoReader:
 
     def read(self, row: int, ids: tuple[int, ...], *, last: bool) -> tuple[str, str]:
         return "", ""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f"{i} " for i in ids)
 
     def conclude(self, row: int, reason: str, canvases: tuple[CanvasRow, ...], statistics: Statistics) -> None:
         return None

@@ -9,13 +9,14 @@ noise, not from its seed.
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
-from ..disk import replacing
+from ..disk import reason, replacing
 from ..errors import NoiseError
 from .settings import Decoding
 
@@ -83,6 +84,9 @@ def _mixed(seed: int, *path: int) -> int:
     return state
 
 
+_WORDS = {"iu": "whole numbers", "f": "numbers with a fraction"}
+
+
 class RecordedNoise:
     """Noise read from a recording: `canvas` [C, B, L], `draws` and `ids` [C, S, B, L] for C canvases, S steps; of
     autoregressive decoding `tokens` [T, B], and no canvases."""
@@ -104,13 +108,35 @@ class RecordedNoise:
             )
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "RecordedNoise":
+    def load(cls, path: str | os.PathLike[str]) -> "RecordedNoise":
         """Read a file written by `NoiseRecorder.save` or by convert/record_reference.py. Errors: NoiseError."""
         try:
             with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+                if lacking := {"canvas", "draws", "ids"} - set(file.files):
+                    raise NoiseError(f"{path} is no recording of noise: it has no {', '.join(sorted(lacking))}.")
                 return cls(file["canvas"], file["draws"], file["ids"], file.get("tokens"), name=str(path))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise NoiseError(f"{path}: not a readable recording of noise: {error}.") from error
+        except OSError as error:
+            raise NoiseError(f"{path} cannot be read: {reason(error)}.") from error
+        except (ValueError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise NoiseError(f"{path} is no recording of noise: expected a file that --save-noise wrote.") from error
+
+    def check(self, vocabulary: int) -> None:
+        """Errors: NoiseError for ids that a vocabulary of this size does not have, and draws outside [0, 1)."""
+        for name, array, kinds in (
+            ("canvas", self._canvas, "iu"),
+            ("ids", self._ids, "iu"),
+            ("draws", self._draws, "f"),
+            *([] if self._tokens is None else [("tokens", self._tokens, "f")]),
+        ):
+            if array.dtype.kind not in kinds:
+                raise NoiseError(f"{self.name}: {name} holds {array.dtype}, expected {_WORDS[kinds]}.")
+            limit = 1 if kinds == "f" else vocabulary
+            if array.size and not (0 <= array.min() and array.max() < limit):  # false for NaN, too
+                expected = "draws of at least 0 and less than 1" if kinds == "f" else f"ids 0 … {vocabulary - 1}"
+                raise NoiseError(
+                    f"{self.name}: {name} holds {array.min()} … {array.max()}, expected {expected}.\n"
+                    "It was recorded with another model, or is damaged."
+                )
 
     @property
     def batch_size(self) -> int:
@@ -185,7 +211,7 @@ class NoiseRecorder:
         self._steps[purpose, index, step] = np.array(array)
         return array
 
-    def save(self, path: str | os.PathLike, **provenance: object) -> None:
+    def save(self, path: str | os.PathLike[str], **provenance: object) -> None:
         """Write what was used; `provenance` goes in as JSON. What was at `path` is replaced at the end."""
         arrays = self._of_tokens() if self._tokens else self._of_canvases()
         with replacing(path) as file:
@@ -203,4 +229,5 @@ class NoiseRecorder:
     def _of_tokens(self) -> dict[str, Any]:
         tokens = np.stack([self._tokens[number] for number in sorted(self._tokens)])  # [T, B]
         none = np.zeros((0, 0, tokens.shape[1], 0), np.float32)
-        return {"canvas": none[0:0].reshape(0, tokens.shape[1], 0), "draws": none, "ids": none, "tokens": tokens}
+        canvas = np.zeros((0, tokens.shape[1], 0), np.int32)
+        return {"canvas": canvas, "draws": none, "ids": none.astype(np.int32), "tokens": tokens}

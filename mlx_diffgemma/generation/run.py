@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import PromptError
+from ..errors import ConfigError, PromptError
 from ..model.cache import PrefixCache
 from ..model.network import Network
 from .events import CanvasRow, Finished, Prefilled, Reader, Statistics
@@ -16,9 +16,17 @@ from .noise import Noise
 from .settings import GenerationConfig
 
 
-def check_prompts(network: Network, prompts: list[list[int]], behind: int, what: str) -> int:
-    """How many tokens fit behind the longest prompt; PromptError when they are fewer than `behind`, which is `what`."""
+def check_prompts(
+    network: Network, prompts: list[list[int]], settings: GenerationConfig, behind: int, what: str
+) -> int:
+    """How many tokens fit behind the longest prompt; PromptError when they are fewer than `behind`, which is `what`,
+    and for ids that the vocabulary does not have: nothing behind this looks at an id again."""
     limit = network.config.max_position_embeddings
+    size = network.config.vocab_size
+    check_ids(size, prompts)
+    for name, ids in (("stop_ids", settings.stop_ids), ("pad_token_id", (settings.pad_token_id,))):
+        if bad := [i for i in ids if i >= size]:
+            raise ConfigError(f"{name} has the id {bad[0]}; this model's ids are 0 … {size - 1}.")
     if not prompts or not all(prompts):
         raise PromptError("the prompt has no tokens: give at least one (a chat template always does).")
     longest = max(map(len, prompts))
@@ -28,6 +36,18 @@ def check_prompts(network: Network, prompts: list[list[int]], behind: int, what:
             f" {limit}.\nShorten it by at least {longest + behind - limit} tokens."
         )
     return limit - longest
+
+
+def check_ids(size: int, prompts: list[list[int]]) -> None:
+    """Errors: PromptError for an id outside 0 … size − 1."""
+    for number, prompt in enumerate(prompts):
+        if prompt and not (0 <= min(prompt) and max(prompt) < size):
+            bad = next(i for i in prompt if not 0 <= i < size)
+            which = f"prompt {number + 1}" if len(prompts) > 1 else "the prompt"
+            raise PromptError(
+                f"{which} has the id {bad}; this model's ids are 0 … {size - 1}.\n"
+                "If it was made of text, tokenizer and weights do not belong together."
+            )
 
 
 @dataclass(kw_only=True)
@@ -71,17 +91,17 @@ class Run:
         padded = [[settings.pad_token_id] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
         self.padded = mx.array(padded, mx.int32)  # [B, P]
         self.prompt_tokens = sum(map(len, prompts))
+        if cache is not None and not cache.length < longest:
+            raise PromptError(
+                f"the prefix that was handed over holds {cache.length} tokens, expected fewer than the prompt has,"
+                f" {longest}."
+            )
         self.cache = cache or network.make_cache(len(prompts), padding, room)
         self.reused = self.cache.length
         self.rows = [Row(left=settings.max_tokens) for _ in prompts]
         self.steps = 0
         self.seconds = {"prefill": 0.0, "denoise": 0.0, "commit": 0.0}
         self.last: mx.array | None = None  # [B, 1, H]: the prefix's last hidden state, where it is needed
-        if settings.needs_last_hidden and self.reused >= longest:
-            raise PromptError(
-                "the prefix cache holds the whole prompt: the first token's probabilities follow from its last token.\n"
-                "Give a fork that is at least one token shorter."
-            )
 
     def prefill(self, pause_at: int | None) -> Iterator[Prefilled]:
         """Encode what the cache does not hold yet, chunk by chunk, so that memory does not grow with the prompt."""

@@ -1,14 +1,17 @@
 """The entropy-bound sampler (arXiv 2505.24857) as pure functions over arrays: temperature, accept, renoise, settled."""
 
 import mlx.core as mx
+import numpy as np
 
 
 def temperature(step: int, steps: int, *, t_min: float, t_max: float) -> float:
     """The temperature of `step` = 0 … steps − 1: `t_max` first, one part short of `t_min` last.
 
-    Source: transformers LinearTemperatureScheduleLogitsProcessor, which counts the steps that remain.
+    Source: transformers LinearTemperatureScheduleLogitsProcessor, which counts the steps that remain, in an array: so
+    all of it but the difference is float32, rounded after each operation.
     """
-    return t_min + (t_max - t_min) * ((steps - step) / steps)
+    remaining = np.float32(steps - step) / np.float32(steps)
+    return float(np.float32(t_min) + np.float32(t_max - t_min) * remaining)
 
 
 def accept(entropy: mx.array, bound: float) -> mx.array:

@@ -4,8 +4,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, get_args
 
-from ..config import check, ids_of, nearest
+from ..config import IDS
 from ..errors import ConfigError
+from ..values import Field, Table, either, flag, integer, many, nearest, number, one_of, optional, shown
+
+WHERE = "generation_config.json"
 
 Decoding = Literal["diffusion", "autoregressive"]
 MOST_LOGPROBS = 20  # of one place, as OpenAI's API has it
@@ -17,14 +20,12 @@ OF_DIFFUSION = """
 """.split()
 OF_AUTOREGRESSIVE = "top_p top_k min_p".split()
 
-# Sampling keys of autoregressive models, and the values at which they do nothing.
-_UNUSED = {"top_k": (0, 50), "top_p": (1.0,), "min_p": (0.0,), "temperature": (1.0,), "repetition_penalty": (1.0,)}
-
 
 class GenerationOptions(TypedDict, total=False):
     """GenerationConfig's fields as keywords of `generate`, `stream`, `chat` and `prepare`."""
 
     max_tokens: int
+    max_length: int | None
     max_denoising_steps: int
     t_min: float
     t_max: float
@@ -58,6 +59,7 @@ class GenerationConfig:
     """
 
     max_tokens: int = 256  # of the reply; transformers' max_new_tokens
+    max_length: int | None = None  # of prompt and reply together; counts where max_tokens was not chosen
     max_denoising_steps: int = 48  # a canvas, at most
     t_min: float = 0.4  # what the temperature falls towards: the last step stays a part above it
     t_max: float = 0.8  # temperature of the first step (LinearTemperatureScheduleLogitsProcessor)
@@ -86,31 +88,24 @@ class GenerationConfig:
     retries: int = 0  # more answers, while a token of the best one is less likely than RETRY_BELOW
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "max_denoising_steps", "prefill_step_size"):
-            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        check("stability_threshold", self.stability_threshold, self.stability_threshold >= 0, "at least 0")
-        check("t_min", self.t_min, 0 < self.t_min <= self.t_max, f"above 0 and at most t_max ({self.t_max})")
-        check("entropy_bound", self.entropy_bound, self.entropy_bound >= 0, "at least 0")
-        check("confidence_threshold", self.confidence_threshold, self.confidence_threshold >= 0, "at least 0")
-        if self.canvas_length is not None:
-            check("canvas_length", self.canvas_length, self.canvas_length >= 1, "at least 1")
-        scale = self.temperature
-        check("temperature", scale, scale == 0 or 0.001 <= scale <= 1000, "0 (greedy), or 0.001 … 1000")
-        if scale == 0:
-            check("greedy", self.greedy, not self.greedy, "nothing beside temperature 0, which says it already")
+        for option in OPTIONS.fields:
+            object.__setattr__(self, option.name, option.kind.read(getattr(self, option.name), option.name))
+        if not self.t_min < self.t_max:
+            raise ConfigError(f"t_min is {self.t_min}, expected less than t_max, {self.t_max}.")
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise ConfigError(
+                f"temperature is {self.temperature}, expected 0 (greedy) or at least {LEAST_TEMPERATURE}."
+            )
+        if self.temperature == 0:
+            if self.greedy:
+                raise ConfigError("greedy would do nothing beside temperature 0, which says it already.")
             object.__setattr__(self, "greedy", True)
             object.__setattr__(self, "temperature", 1.0)
-
         self._check_autoregressive()
         self._check_scores()
 
     def _check_autoregressive(self) -> None:
-        """What is drawn token by token."""
-        known = get_args(Decoding)
-        check("decoding", self.decoding, self.decoding in known, " or ".join(map(repr, known)))
-        check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (everything)")
-        check("top_k", self.top_k, self.top_k >= 0, "at least 0 (everything)")
-        check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 (everything) … 1")
+        """Nothing that the decoding has no place for."""
         drawn = [name for name in ("temperature", *OF_AUTOREGRESSIVE) if getattr(self, name) != _default(name)]
         if self.decoding == "autoregressive" and self.greedy and drawn:
             raise ConfigError(f"{drawn[0]} would do nothing: greedy decoding draws no token.")
@@ -120,13 +115,7 @@ class GenerationConfig:
                 raise ConfigError(self._foreign(name))
 
     def _check_scores(self) -> None:
-        """Log-probabilities and what is chosen by them."""
-        top = self.top_logprobs
-        check("logprobs", self.logprobs, 0 <= top <= MOST_LOGPROBS, f"True, False or 1 … {MOST_LOGPROBS}")
-        check("best_of", self.best_of, self.best_of >= 1, "at least 1")
-        check("retries", self.retries, self.retries >= 0, "at least 0")
-        if self.stable_answer is not None:
-            check("stable_answer", self.stable_answer, self.stable_answer >= 1, "at least 1 step")
+        """One way of choosing, among answers that may differ."""
         if self.best_of > 1 and self.retries:
             raise ConfigError("best_of and retries both choose an answer by its log-probability: give one.")
         if self.best_of > 1 and self.decoding == "autoregressive" and self.greedy:
@@ -154,31 +143,18 @@ class GenerationConfig:
     def from_dict(cls, values: dict[str, Any], *, stop_ids: tuple[int, ...] = ()) -> "GenerationConfig":
         """Read `generation_config.json`; `stop_ids` (the tokenizer's and config's) are joined to its own.
 
-        Keys that transformers writes for autoregressive models are ignored when they are null or at rest;
-        sampling keys this algorithm has no place for (top_k, top_p, …) are refused by name.
+        Keys that mean nothing here are left alone: `unused_keys` says which. Errors: ConfigError.
         """
-        renamed = {"max_new_tokens": "max_tokens"}
-        options: dict[str, Any] = {}
-        for key in ("max_new_tokens", "max_denoising_steps", "t_min", "t_max", "stability_threshold"):
-            if values.get(key) is not None:
-                options[renamed.get(key, key)] = values[key]
-        for key in ("confidence_threshold", "pad_token_id"):
-            if values.get(key) is not None:
-                options[key] = values[key]
-        sampler = values.get("sampler_config") or {}
-        if sampler.get("_cls_name", "EntropyBoundSamplerConfig") != "EntropyBoundSamplerConfig":
-            raise ConfigError(
-                f"generation_config.json asks for the sampler {sampler['_cls_name']!r};"
-                " only EntropyBoundSamplerConfig exists here."
-            )
-        if sampler.get("entropy_bound") is not None:
-            options["entropy_bound"] = sampler["entropy_bound"]
-        for key, at_rest in _UNUSED.items():
-            if values.get(key) is not None and values[key] not in at_rest:
-                raise ConfigError(f"generation_config.json sets {key} = {values[key]}, which this model does not use.")
-        ids = dict.fromkeys((*ids_of(values.get("eos_token_id")), *stop_ids))
+        given = FILE.given(values, WHERE)
+        ids = given.pop("eos_token_id", ())
+        sampler = given.pop("sampler_config", {})
+        options: dict[str, Any] = {
+            key: value for key, value in sampler.items() if key == "entropy_bound" and value is not None
+        }
+        options |= {RENAMED.get(key, key): value for key, value in given.items()}
+        ids = tuple(dict.fromkeys((*(ids if isinstance(ids, tuple) else (ids,)), *stop_ids)))
         if ids:
-            options["stop_ids"] = tuple(ids)
+            options["stop_ids"] = ids
         return cls(**options)
 
     @property
@@ -218,3 +194,78 @@ class GenerationConfig:
 
 def _default(name: str) -> Any:
     return GenerationConfig.__dataclass_fields__[name].default
+
+
+# --------------------------------------------------------------------------------------------------- what is allowed
+
+_MANY = 1 << 40  # far beyond any use
+LEAST_TEMPERATURE = 0.001  # below, logits over it leave float32
+OPTIONS = Table(
+    Field("max_tokens", integer(least=1, most=_MANY)),
+    Field("max_length", optional(integer(least=1, most=_MANY))),
+    Field("max_denoising_steps", integer(least=1, most=1_000_000)),
+    Field("t_min", number(least=0, most=1000)),
+    Field("t_max", number(above=0, most=1000)),
+    Field("entropy_bound", number(least=0)),
+    Field("stability_threshold", integer(least=0, most=1_000_000)),
+    Field("confidence_threshold", number(least=0)),
+    Field("stop_ids", many(integer(least=0), most=1000)),
+    Field("pad_token_id", integer(least=0)),
+    Field("prefill_step_size", integer(least=1, most=1 << 30)),
+    Field("sparse_signal", flag),
+    Field("canvas_length", optional(integer(least=1, most=1 << 20))),
+    Field("temperature", number(least=0, most=1000)),
+    Field("greedy", flag),
+    Field("avoid_empty", flag),
+    Field("stable_answer", optional(integer(least=1, most=1_000_000))),
+    Field("decoding", one_of(*get_args(Decoding))),
+    Field("top_p", number(above=0, most=1)),
+    Field("top_k", integer(least=0, most=_MANY)),
+    Field("min_p", number(least=0, most=1)),
+    Field("logprobs", either(flag, integer(least=1, most=MOST_LOGPROBS))),
+    Field("best_of", integer(least=1, most=1000)),
+    Field("retries", integer(least=0, most=1000)),
+)
+_KINDS = {option.name: option.kind for option in OPTIONS.fields}
+RENAMED = {"max_new_tokens": "max_tokens"}  # the file's word → ours
+_SAMPLER = Table(
+    Field("_cls_name", one_of("EntropyBoundSamplerConfig"), None),
+    Field("entropy_bound", _KINDS["entropy_bound"], None),
+)
+FILE = Table(
+    Field("max_new_tokens", _KINDS["max_tokens"], None),
+    *(
+        Field(name, _KINDS[name], None)
+        for name in ("max_length", "max_denoising_steps", "t_min", "t_max", "stability_threshold")
+    ),
+    *(Field(name, _KINDS[name], None) for name in ("confidence_threshold", "pad_token_id")),
+    Field("eos_token_id", IDS, None),
+    Field("sampler_config", _SAMPLER.kind, None),
+    open=True,
+)
+# What transformers writes there besides, and what of it does nothing at these values.
+_METADATA = frozenset(
+    "_commit_hash _from_model_config bos_token_id cache_config cache_implementation disable_compile"
+    " return_dict_in_generate transformers_version".split()
+)
+_AT_REST: dict[str, tuple[Any, ...]] = {
+    "top_k": (0, 50),
+    "top_p": (1.0,),
+    "min_p": (0.0,),
+    "temperature": (1.0,),
+    "repetition_penalty": (1.0,),
+    "do_sample": (False,),
+    "num_beams": (1,),
+}
+
+
+def unused_keys(values: dict[str, Any]) -> list[str]:
+    """What `generation_config.json` says that does nothing here, in a sentence each: settings of autoregressive
+    models, and names that nothing has. transformers refuses such a file; the model runs as if they were not there."""
+    said = []
+    for key, value in values.items():
+        if key in FILE.names | _METADATA or value is None or value in _AT_REST.get(key, ()):
+            continue
+        hint = " This model does not use it." if key in _AT_REST else nearest(key, FILE.names, all_of_them=False)
+        said.append(f"{WHERE}: {key} = {shown(value)} does nothing here.{hint}")
+    return said

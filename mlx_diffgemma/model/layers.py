@@ -3,11 +3,12 @@
 Every projection reads and writes the model's dtype; norms, router weights and softmaxes work in float32 inside.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..config import LayerConfig, ModelConfig
@@ -16,6 +17,9 @@ from .tuning import DEFAULT, Tuning
 
 # What attention looks at: takes the keys and values just computed, returns all that may be seen.
 Memory = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
+
+ROWS = 32  # of one tile of a product on Metal
+FEW, WIDEST = 8, 256  # most queries and head size for which MLX has an attention kernel that knows groups
 
 
 @partial(mx.compile, shapeless=True)
@@ -111,18 +115,20 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, offset: int | mx.array, memory: Memory, mask: Mask, tuning: Tuning) -> mx.array:
         """[B, T, H] at positions `offset` … `offset` + T − 1 → [B, T, H]."""
-        queries = self._rotate(self.q_norm(self._split(self.q_proj(x), self.heads)), offset)
-        keys = self._split(self.k_proj(x), self.kv_heads)  # [B, heads, T, D]
+        queries = self._split(self.q_proj(x), self.heads)  # [B, T, heads, D]; a norm copies what is transposed
+        keys = self._split(self.k_proj(x), self.kv_heads)
         values = self._split(self.v_proj(x), self.kv_heads) if "v_proj" in self else keys
-        keys = self._rotate(self.k_norm(keys), offset)
-        keys, values = memory(keys, mx.fast.rms_norm(values, None, self.eps))
-        y = attend(queries, keys, values, mask, tuning)
-        return self.o_proj(y.transpose(0, 2, 1, 3).flatten(2))
+        values = mx.fast.rms_norm(values, None, self.eps).swapaxes(1, 2)  # [B, heads, T, D]
+        keys, values = memory(self._rotate(self.k_norm(keys), offset), values)
+        y = attend(self._rotate(self.q_norm(queries), offset), keys, values, mask, tuning)
+        return self.o_proj(y.swapaxes(1, 2).flatten(2))
 
     def _split(self, x: mx.array, heads: int) -> mx.array:
-        return x.reshape(*x.shape[:2], heads, self.head_dim).transpose(0, 2, 1, 3)
+        return x.reshape(*x.shape[:2], heads, self.head_dim)
 
     def _rotate(self, x: mx.array, offset: int | mx.array) -> mx.array:
+        """[B, T, heads, D] → [B, heads, T, D], rotated."""
+        x = x.swapaxes(1, 2)
         return mx.fast.rope(
             x, self.head_dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods
         )
@@ -136,20 +142,48 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, tuni
     other, each with the keys it can see. A query's result is its own, so this changes nothing.
     """
     length, total = queries.shape[2], keys.shape[2]
-    step = max(tuning.scores // (queries.shape[1] * total * queries.dtype.size), 1)
+    most = max(tuning.scores // (queries.shape[1] * total * queries.dtype.size), 1)  # queries at once
     if isinstance(mask, Window):
-        step = min(step, max(mask.window // 4, 1)) if tuning.skip_hidden_keys else length
+        step = min(most, max(mask.window // 4, 1)) if tuning.skip_hidden_keys else length
         pieces = list(mask.pieces(step))
-    elif length <= step:
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
+    elif length <= most:
+        return _attend(queries, keys, values, mask)
     else:
-        pieces = [_piece(mask, length, total, start, min(start + step, length)) for start in range(0, length, step)]
+        group = queries.shape[1] // keys.shape[1] if _is_same_for_all(mask) else 1
+        runs = _equal_runs(length, most, max(ROWS // group, 1))
+        pieces = [_piece(mask, length, total, start, stop) for start, stop in runs]
     outputs: list[mx.array] = []
     for rows, columns, part in pieces:
         q = mx.depends(queries[:, :, rows], outputs[-1:]) if outputs else queries[:, :, rows]  # not all at once
-        k, v = keys[:, :, columns], values[:, :, columns]
-        outputs.append(mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=part))
+        outputs.append(_attend(q, keys[:, :, columns], values[:, :, columns], part))
     return mx.concatenate(outputs, axis=2)
+
+
+def _attend(queries: mx.array, keys: mx.array, values: mx.array, mask: WholeMask) -> mx.array:
+    """All of it at once. Queries that share keys and are masked alike become rows of one product, so that keys and
+    values are read once for all of them; MLX would read them once a head, where it has no kernel of its own.
+    """
+    batch, heads, length, dim = queries.shape
+    kv_heads = keys.shape[1]
+    own_kernel = length <= FEW and dim <= WIDEST
+    folded = heads > kv_heads and _is_same_for_all(mask) and not own_kernel
+    rows = queries.reshape(batch, kv_heads, -1, dim) if folded else queries
+    return mx.fast.scaled_dot_product_attention(rows, keys, values, scale=1.0, mask=mask).reshape(queries.shape)
+
+
+def _is_same_for_all(mask: WholeMask) -> bool:
+    """Whether every query sees the same keys."""
+    return mask is None or (not isinstance(mask, str) and mask.shape[-2] == 1)
+
+
+def _equal_runs(length: int, most: int, rows: int) -> Iterator[tuple[int, int]]:
+    """0 … `length` in as few runs as hold at most `most`: none is much shorter than another (a last run of 4 would pass
+    over all keys for little), and where it takes no more runs they are multiples of `rows`, which fill tiles."""
+    count = -(-length // most)
+    unit = rows if rows <= most and -(-length // (most // rows * rows)) == count else 1
+    units = -(-length // unit)
+    for run in range(count):
+        yield units * run // count * unit, min(units * (run + 1) // count * unit, length)
 
 
 def _piece(mask: WholeMask, length: int, total: int, start: int, stop: int) -> tuple[slice, slice, WholeMask]:
@@ -165,10 +199,13 @@ def _piece(mask: WholeMask, length: int, total: int, start: int, stop: int) -> t
 def periods(layer: LayerConfig) -> mx.array:
     """Rotation periods over 2π, float32 [D / 2]; unrotated dimensions have an infinite one.
 
-    Proportional RoPE rotates a part of the head but divides by the full head size.
+    Proportional RoPE rotates a part of the head but divides by the full head size. Made in float64 and rounded once, on
+    no device: an array that waits to be computed belongs to the thread that made it, and this one is no parameter that
+    loading would compute.
     """
-    rotated = mx.power(layer.rope_theta, mx.arange(0, layer.rotated_dims, 2, dtype=mx.float32) / layer.head_dim)
-    return mx.concatenate([rotated, mx.full(((layer.head_dim - layer.rotated_dims) // 2,), mx.inf)])
+    made = np.full(layer.head_dim // 2, np.inf)
+    made[: layer.rotated_dims // 2] = layer.rope_theta ** (np.arange(0, layer.rotated_dims, 2) / layer.head_dim)
+    return mx.array(made.astype(np.float32))
 
 
 class Layer(nn.Module):

@@ -5,9 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..config import RELEASED
-from ..files.checkpoint import Checkpoint, read_json
+from ..files.checkpoint import Checkpoint
+from ..files.shipped import knowledge
 from ..generation.settings import GenerationConfig
+from ..readers import read_json, read_toml
+from ..values import Field, Table, many, mapping, one_of, text
 from .plan import sizes
+from .recipes import recipe_names
 
 if TYPE_CHECKING:
     from .conversion import Conversion
@@ -76,6 +80,23 @@ def model_card(plan: "Conversion") -> str:
         lines.append(
             f"| {component} | {size.tensors} | {size.packing} | {size.bits_per_weight:.2f} | {size.nbytes:,} |"
         )
-    lines += [f"| total | | | | {plan.total_size:,} |", "", "```bash", "pip install mlx-diffgemma"]
-    lines += ['mlx_diffgemma.generate --model PATH_OR_REPO "Why is the sky blue?"', "```", ""]
+    lines += [f"| total | | | | {plan.total_size:,} |", "", *_readers(recipe.name), "```bash"]
+    lines += ['mlx_diffgemma.generate --model . "Why is the sky blue?"', "```", ""]
     return "\n".join(lines)
+
+
+_READER = Table(Field("name", text()), Field("how", one_of("run", "read")), Field("refuses", mapping(text())))
+_READERS = Table(Field("reader", many(_READER.kind)))
+
+
+def _readers(recipe: str) -> list[str]:
+    """Which other programs take this recipe, and which do not, and why. Nothing for a recipe of one's own."""
+    if recipe not in recipe_names():
+        return []
+    readers = _READERS.read(read_toml(knowledge() / "readers.toml"), "readers.toml")["reader"]
+    good = [reader["name"] for reader in readers if recipe not in reader["refuses"]]
+    lines = [f"Also read by {', '.join(good)}."]
+    lines += [
+        f"Not by {reader['name']}: {reader['refuses'][recipe]}." for reader in readers if reader["name"] not in good
+    ]
+    return [*lines, ""]

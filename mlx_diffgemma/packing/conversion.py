@@ -23,7 +23,8 @@ import numpy as np
 from ..config import RELEASED
 from ..errors import CheckpointError, ConfigError
 from ..files import layout
-from ..files.checkpoint import INDEX, Checkpoint, families, side_files
+from ..files.checkpoint import Checkpoint, side_files
+from ..files.folder import INDEX, families
 from ..files.quantization import describe
 from ..files.shards import NAMES, Tensor, read_rows, write_at
 from ..files.weights import trained_apart
@@ -73,6 +74,11 @@ def plan_conversion(
     if source.quantized:
         raise CheckpointError(
             f"{source.folder} is quantized already ({len(source.quantized)} packed matrices).\n"
+            f"Start from the released weights: --hf-path {RELEASED}"
+        )
+    if source.joined:
+        raise CheckpointError(
+            f"{source.folder} stores gate_proj and up_proj of its experts apart, which is read but not converted.\n"
             f"Start from the released weights: --hf-path {RELEASED}"
         )
     sources = layout.sources(source.config)
@@ -219,6 +225,7 @@ def _write_sides(plan: Conversion, folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=4))
     block = quantization_block(plan.recipe, plan.planned)
     (folder / "config.json").write_text(json.dumps(output_config(plan.source, plan.recipe.dtype, block), indent=4))
-    for file in side_files(plan.source.folder):
-        shutil.copyfile(file, folder / file.name)
+    for name in side_files(plan.source.folder):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(plan.source.folder / name, folder / name)
     (folder / "README.md").write_text(model_card(plan))

@@ -32,8 +32,8 @@ class Planned:
 def plan(recipe: Recipe, sources: Iterable[Source]) -> list[Planned]:
     """What the recipe makes of every tensor.
 
-    Errors: ConfigError for an override that matches nothing, and for a trunk below 8 bits that the recipe does
-    not allow in words.
+    Errors: ConfigError for an override that matches nothing or departs from the base for experts, and for a trunk
+    below 8 bits that the recipe does not allow in words.
     """
     dtype, used = NAMES[recipe.dtype], set[int]()
     planned = []
@@ -50,6 +50,7 @@ def plan(recipe: Recipe, sources: Iterable[Source]) -> list[Planned]:
         if i not in used:
             raise ConfigError(f"recipe {recipe.name}: the path {override.path!r} matches nothing that can be packed.")
     _guard_trunk(recipe, planned)
+    _guard_experts(recipe, planned)
     return planned
 
 
@@ -77,6 +78,18 @@ def _guard_trunk(recipe: Recipe, planned: list[Planned]) -> None:
                 f"recipe {recipe.name} packs {item.source.path} ({item.source.component}) at {item.how.bits} bits,"
                 " expected 8 or more: it costs denoising steps.\n"
                 "Add an override, or say `allow_low_bit_trunk = true` in the recipe."
+            )
+
+
+def _guard_experts(recipe: Recipe, planned: list[Planned]) -> None:
+    """Other readers take the experts' packing from the base alone, and byte scales under an affine base for its own."""
+    for item in planned:
+        if item.source.component == "experts" and item.wanted is None and item.how != recipe.base:
+            got = describe(item.how, recipe.dtype)
+            raise ConfigError(
+                f"recipe {recipe.name} packs {item.source.path} as {got}, expected the recipe's base,"
+                f" {describe(recipe.base, recipe.dtype)}: other readers take the experts' packing from there.\n"
+                "Make that the base, and override the rest."
             )
 
 

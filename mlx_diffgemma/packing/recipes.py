@@ -1,16 +1,17 @@
 """Recipes: what a pack is made of, as data in convert/recipes or in a TOML file of your own."""
 
 import dataclasses
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import check, refuse_unknown
+from ..disk import existing_file, visible
 from ..errors import ConfigError
 from ..files.layout import glob
-from ..files.quantization import Quantization
+from ..files.quantization import MODE_DEFAULTS, Quantization
 from ..files.shipped import knowledge
+from ..readers import read_toml
+from ..values import Field, Table, flag, integer, many, nearest, one_of, text
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -43,43 +44,57 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any], name: str) -> "Recipe":
         """Read a recipe's TOML. Errors: ConfigError for an unknown key, a value MLX cannot pack, a missing reason."""
-        known = {"because", "bits", "group_size", "mode", "dtype", "allow_low_bit_trunk", "experimental", "override"}
-        refuse_unknown(values, known, f"recipe {name}")
-        overrides = []
-        entries = values.get("override", [])
-        check(f"recipe {name}: override", entries, _is_tables(entries), "one or more [[override]] tables")
-        for i, entry in enumerate(entries):
-            where = f"recipe {name}, override {i + 1}"
-            refuse_unknown(entry, {"path", "because", "quantize", "bits", "group_size", "mode"}, where)
-            for key in ("path", "because"):
-                check(f"{where}: {key}", entry.get(key), isinstance(entry.get(key), str) and entry[key], "a sentence")
-            keep = entry.get("quantize", True) is False
-            if keep and entry.keys() & {"bits", "group_size", "mode"}:
-                raise ConfigError(f"{where}: `quantize = false` beside bits, group_size or mode; keep one of them.")
-            quantization = None if keep else Quantization.from_dict(entry, where)
-            overrides.append(Override(path=entry["path"], quantization=quantization, because=entry["because"]))
-        quantized = bool(values.keys() & {"bits", "group_size", "mode"})
-        if overrides and not quantized:
-            raise ConfigError(f"recipe {name}: overrides without base bits; config.json needs a base.")
-        check(f"recipe {name}: because", values.get("because"), bool(values.get("because")), "a sentence")
-        for key in ("allow_low_bit_trunk", "experimental"):
-            check(f"recipe {name}: {key}", values.get(key), values.get(key) in (None, True, False), "true or false")
-        dtype = values.get("dtype", cls.dtype)
-        check(f"recipe {name}: dtype", dtype, dtype in DTYPES, " or ".join(DTYPES))
+        where = f"recipe {name}"
+        read = _RECIPE.read(values, where)
+        base = _packing(read, where)
+        if read["override"] and base is None:
+            raise ConfigError(f"{where}: overrides without base bits; config.json needs a base.")
         return cls(
             name=name,
-            because=values["because"],
-            base=Quantization.from_dict(values, f"recipe {name}") if quantized else None,
-            overrides=tuple(overrides),
-            dtype=dtype,
-            allow_low_bit_trunk=values.get("allow_low_bit_trunk", False),
-            experimental=values.get("experimental", False),
+            because=read["because"],
+            base=base,
+            overrides=tuple(_override(entry, f"{where}, override {i + 1}") for i, entry in enumerate(read["override"])),
+            dtype=read["dtype"],
+            allow_low_bit_trunk=read["allow_low_bit_trunk"],
+            experimental=read["experimental"],
         )
+
+
+_PACKING = (
+    Field("bits", integer(), None),
+    Field("group_size", integer(), None),
+    Field("mode", one_of(*MODE_DEFAULTS), None),
+)
+_SENTENCE = text(empty=False)
+_OVERRIDE = Table(Field("path", _SENTENCE), Field("because", _SENTENCE), Field("quantize", flag, True), *_PACKING)
+_RECIPE = Table(
+    Field("because", _SENTENCE),
+    Field("dtype", one_of(*DTYPES), Recipe.dtype),
+    Field("allow_low_bit_trunk", flag, False),
+    Field("experimental", flag, False),
+    Field("override", many(_OVERRIDE.kind), ()),
+    *_PACKING,
+)
+_EXTENDS = Table(Field("extends", _SENTENCE, None), Field("override", many(_OVERRIDE.kind), ()), open=True)
+
+
+def _packing(values: dict[str, Any], where: str) -> Quantization | None:
+    asked = {f.name: values[f.name] for f in _PACKING if values[f.name] is not None}
+    return Quantization.from_dict(asked, where) if asked else None
+
+
+def _override(values: dict[str, Any], where: str) -> Override:
+    packing = _packing(values, where)
+    if not values["quantize"] and packing is not None:
+        raise ConfigError(f"{where}: `quantize = false` beside bits, group_size or mode; keep one of them.")
+    if values["quantize"] and packing is None:
+        packing = Quantization.from_dict({}, where)
+    return Override(path=values["path"], quantization=packing, because=values["because"])
 
 
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
-    return sorted(file.stem for file in (knowledge() / "recipes").glob("*.toml"))
+    return sorted(file.stem for file in visible(knowledge() / "recipes", "*.toml"))
 
 
 def load_recipe(name: str) -> Recipe:
@@ -88,17 +103,22 @@ def load_recipe(name: str) -> Recipe:
 
 
 def _recipe_values(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
-    file = Path(name) if name.endswith(".toml") else knowledge() / "recipes" / f"{name}.toml"
-    if not file.is_file() or name in seen:
-        raise ConfigError(f"there is no recipe {name!r}; expected a .toml file or one of {', '.join(recipe_names())}.")
-    try:
-        values = tomllib.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"recipe {file} cannot be read: {error}.") from None
-    if (parent := values.pop("extends", None)) is None:
+    if name.endswith(".toml"):
+        file = existing_file(name, "--recipe")
+    elif name in recipe_names():
+        file = knowledge() / "recipes" / f"{name}.toml"
+    else:
+        hint = nearest(name, recipe_names())
+        raise ConfigError(f"there is no recipe {name!r}, expected a .toml file or one that comes along.{hint}")
+    if name in seen:
+        raise ConfigError(f"recipe {name} extends itself: {' → '.join((*seen, name))}.")
+    values = read_toml(file)
+    read = _EXTENDS.read(values, str(file))
+    if read["extends"] is None:
         return values
-    inherited = _recipe_values(str(parent), (*seen, name)).get("override", [])
-    return values | {"override": [*values.get("override", []), *inherited]}
+    inherited = _recipe_values(read["extends"], (*seen, name)).get("override", [])
+    own = {key: value for key, value in values.items() if key != "extends"}
+    return own | {"override": [*read["override"], *inherited]}
 
 
 def adhoc_recipe(bits: int | None, group_size: int | None, mode: str | None) -> Recipe:
@@ -108,7 +128,3 @@ def adhoc_recipe(bits: int | None, group_size: int | None, mode: str | None) -> 
     packing = f"{base.bits}-bit/{base.group_size}" if base.mode == "affine" else base.mode
     because = f"Chosen on the command line: {packing} experts, 8-bit trunk."
     return dataclasses.replace(load_recipe("q4"), name=packing.replace("/", "-"), because=because, base=base)
-
-
-def _is_tables(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)

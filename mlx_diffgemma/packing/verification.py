@@ -10,7 +10,8 @@ import numpy as np
 
 from ..errors import CheckpointError
 from ..files import layout
-from ..files.checkpoint import Checkpoint, families, open_checkpoint
+from ..files.checkpoint import Checkpoint, open_checkpoint
+from ..files.folder import families
 from ..files.quantization import dequantize, packing
 from ..files.shards import DTYPES, WORDS, as_array, read_rows
 from .card import output_config

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..generation.events import Event, Finished, Prefilled
 from ..model.cache import PrefixCache
-from ..text.tokenizer import Message
+from ..text.gate import Message, check_text
 from .results import Result
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ class Chat:
 
     def __init__(self, model: "DiffusionGemma", system: str | None, options: dict[str, Any]):
         self.model, self.options = model, options
-        self.system = [{"role": "system", "content": system}] if system else []
+        self.system = [] if system is None else [{"role": "system", "content": check_text(system, "the system prompt")}]
         self.reset()
 
     def reset(self) -> None:
@@ -32,9 +32,10 @@ class Chat:
     def stream(self, text: str, **options: Any) -> Iterator[Event]:
         """`send`, as events. A turn that is not finished leaves no trace: neither in the history, nor in the prefix
         that is kept, since it is denoised behind a fork of it."""
-        messages = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.messages, {"role": "user", "content": check_text(text, "the message")}]
         options = {**self.options, **options}
-        template = {k: options.pop(k, None) for k in ("enable_thinking", "tools", "template_options")}
+        own = ("enable_thinking", "tools", "template_options", "sanitize_control_tokens")
+        template = {name: options.pop(name) for name in own if name in options}
         run = {k: options.pop(k, None) for k in ("seed", "noise")}
         ids = self.model.ids(messages, **template)
         lasting = self._lasting(ids, messages, template)

@@ -6,12 +6,16 @@ from typing import get_args
 
 import mlx.core as mx
 
+from ..disk import visible
 from ..errors import ConfigError, TokenizerError
-from ..files import checkpoint, hub, weights
+from ..files import adapters, checkpoint, hub, weights
+from ..files.shipped import BUILT_IN
+from ..model import threads
 from ..model.memory import machine_limit, memory_needed, weight_bytes
 from ..model.network import Network
 from ..model.tuning import DEFAULT, Trunk, Tuning
 from ..text.tokenizer import Tokenizer
+from ..values import integer, optional
 from .fitting import check_memory
 from .model import DiffusionGemma
 
@@ -20,42 +24,50 @@ CACHE_LIMIT = 1 << 30  # bytes of freed buffers MLX may keep for reuse
 
 
 def load(
-    path_or_repo: str | Path,
+    path_or_repo: str | Path = BUILT_IN,
     *,
     revision: str | None = None,
     adapter: str | Path | None = None,
     trunk: Trunk | None = None,
     memory_limit: int | None = None,
+    ignore_keys: tuple[str, ...] = (),
     tuning: Tuning = DEFAULT,
 ) -> DiffusionGemma:
-    """Load a model: a pack made by `mlx_diffgemma.convert`, an mlx-community pack, or a Hugging Face folder.
+    """Load a model: a pack made by `mlx_diffgemma.convert`, an mlx-community pack, or a Hugging Face folder; without a
+    path, the small built-in model.
 
     `adapter` is a folder written by `mlx_diffgemma.train`. `trunk` says how everything but the experts is held:
     "packed" as the pack has it, "bf16" unpacked (the same values, faster products, more memory), "auto" unpacked
     on a GPU with room for it; without it `tuning` decides, which says how the machine likes the work cut.
-    `memory_limit` in bytes is this process's budget, instead of what the machine has.
+    `memory_limit` in bytes is this process's budget, instead of what the machine has. `ignore_keys` are unknown keys
+    of config.json that you know are harmless. What the checkpoint says that does nothing here is in `notices`.
     Sets MLX's cache of freed buffers, for the whole process, to at most 1 GiB (mx.set_cache_limit).
     Errors: CheckpointError, ConfigError, MemoryLimitError.
     """
+    memory_limit = optional(integer(least=1)).read(memory_limit, "memory_limit")
+    threads.clear_at_the_end()
     folder = hub.resolve(path_or_repo, revision=revision)
-    config, limit = checkpoint.read_config(folder), memory_limit or machine_limit()
-    check_memory(config, sum(file.stat().st_size for file in folder.glob("*.safetensors")), limit)
-    network = weights.load_network(folder)
+    if adapter is not None:
+        adapter = adapters.find(adapter)
+    opened, limit = checkpoint.open_checkpoint(folder, ignore_keys=ignore_keys), memory_limit or machine_limit()
+    config = opened.config
+    check_memory(config, sum(file.stat().st_size for file in visible(folder, "*.safetensors")), limit)
+    generation_config = checkpoint.read_generation_config(folder, config)
+    network = weights.filled(opened)
     network.tuning = replace(tuning, trunk=_settle_trunk(network, trunk or tuning.trunk, limit))
     if adapter is not None:
-        from ..files import adapters
-
-        adapters.load(network, Path(adapter))
+        adapters.load(network, adapter)
     try:
         tokenizer = Tokenizer.load(folder)
     except TokenizerError:
         tokenizer = None
-    generation_config = checkpoint.read_generation_config(folder)
     if tokenizer is not None:
-        stop_ids = tuple(dict.fromkeys((*generation_config.stop_ids, *tokenizer.stop_ids)))
+        own = (i for i in tokenizer.stop_ids if i < config.vocab_size)
+        stop_ids = tuple(dict.fromkeys((*generation_config.stop_ids, *own)))
         generation_config = generation_config.replace(stop_ids=stop_ids)
     mx.set_cache_limit(CACHE_LIMIT)
-    return DiffusionGemma(network, tokenizer, generation_config, folder=folder, memory_limit=limit)
+    notices = (*opened.notices, *checkpoint.unused_settings(folder))
+    return DiffusionGemma(network, tokenizer, generation_config, folder=folder, memory_limit=limit, notices=notices)
 
 
 def _settle_trunk(network: Network, trunk: Trunk, limit: int) -> Trunk:

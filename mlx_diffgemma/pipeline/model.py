@@ -10,15 +10,18 @@ from typing import Any, Unpack, cast
 import mlx.core as mx
 
 from ..config import ModelConfig
-from ..errors import BusyError, ConfigError, NoiseError, PromptError
+from ..errors import BusyError, ConfigError, NoiseError, PromptError, TokenizerError
 from ..generation import engine
 from ..generation.events import Event, Finished, Prefilled
 from ..generation.noise import Noise, NoiseRecorder, RecordedNoise, SeededNoise
 from ..generation.settings import Decoding, GenerationConfig, GenerationOptions
+from ..model import threads
 from ..model.cache import PrefixCache
 from ..model.memory import machine_limit, weight_bytes
 from ..model.network import Network
-from ..text.tokenizer import Message, Tokenizer
+from ..text.gate import Message, check_messages, check_text, check_tools
+from ..text.tokenizer import Tokenizer
+from ..values import flag, integer, many, optional, shown
 from .chat import Chat
 from .choosing import choose
 from .fitting import check_memory
@@ -40,10 +43,12 @@ class DiffusionGemma:
         *,
         folder: Path | None = None,
         memory_limit: int | None = None,
+        notices: tuple[str, ...] = (),
     ):
         self.network, self._tokenizer, self.generation_config = network, tokenizer, generation_config
         self.folder, self.memory_limit = folder, memory_limit or machine_limit()
         self.pace = Pace(self.config.canvas_length)
+        self.notices = notices  # what the checkpoint says that does nothing here, in a sentence each
         self._lock = threading.Lock()
 
     @property
@@ -67,13 +72,15 @@ class DiffusionGemma:
         enable_thinking: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
         template_options: dict[str, Any] | None = None,
+        sanitize_control_tokens: bool = False,
         **options: Unpack[GenerationOptions],
     ) -> Result | list[Result]:
         """Generate for one prompt (→ Result) or several at once (→ list of Results).
 
-        A prompt is text, chat messages, or ids; text becomes a user message. `options` are GenerationConfig's,
-        `template_options` further variables of the chat template. A batch's `seeds` give each row the noise of its own
-        single run; `seed` gives rows seed, seed + 1, …
+        A prompt is text, chat messages, or ids; text becomes a user message. With `sanitize_control_tokens` the control
+        tokens in messages and tools are plain text. `options` are GenerationConfig's, `template_options` further
+        variables of the chat template.
+        A batch's `seeds` give each row the noise of its own single run; `seed` gives rows seed, seed + 1, …
         Errors: ConfigError for an option that does not exist, PromptError, TokenizerError, BusyError.
         """
         request = self.prepare(
@@ -84,6 +91,7 @@ class DiffusionGemma:
             enable_thinking=enable_thinking,
             tools=tools,
             template_options=template_options,
+            sanitize_control_tokens=sanitize_control_tokens,
             **options,
         )
         results = request.run()
@@ -98,6 +106,7 @@ class DiffusionGemma:
         enable_thinking: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
         template_options: dict[str, Any] | None = None,
+        sanitize_control_tokens: bool = False,
         **options: Unpack[GenerationOptions],
     ) -> Iterator[Event]:
         """The events of one generation as they happen: Prefilled, Denoised after every step, Committed with the
@@ -111,6 +120,7 @@ class DiffusionGemma:
             enable_thinking=enable_thinking,
             tools=tools,
             template_options=template_options,
+            sanitize_control_tokens=sanitize_control_tokens,
             **options,
         )
         request.refuse_choosing()
@@ -126,13 +136,13 @@ class DiffusionGemma:
         enable_thinking: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
         template_options: dict[str, Any] | None = None,
+        sanitize_control_tokens: bool = False,
         **options: Unpack[GenerationOptions],
     ) -> "Request":
         """Check everything that `generate` would, and run nothing yet. Errors: as `generate`, but for BusyError."""
         each = cast(list[Prompt], prompt if _is_batch(prompt) else [prompt])
-        prompts = [
-            self.ids(p, enable_thinking=enable_thinking, tools=tools, template_options=template_options) for p in each
-        ]
+        template: Any = {"enable_thinking": enable_thinking, "tools": tools, "template_options": template_options}
+        prompts = [self.ids(p, sanitize_control_tokens=sanitize_control_tokens, **template) for p in each]
         return Request(self, prompts, options, Randomness(seed=seed, seeds=seeds, noise=noise))
 
     def chat(self, system: str | None = None, **options: Any) -> Chat:
@@ -185,26 +195,36 @@ class DiffusionGemma:
         enable_thinking: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
         template_options: dict[str, Any] | None = None,
+        sanitize_control_tokens: bool = False,
     ) -> list[int]:
-        """A prompt as ids. Errors: PromptError for one that is neither text, messages nor ids of this model."""
-        if _is_ids(prompt):
-            size = self.config.vocab_size
-            ids = cast(list[int], prompt)
-            if bad := [i for i in ids if not 0 <= i < size]:
-                raise PromptError(f"the prompt has the id {bad[0]}; this model's ids are 0 … {size - 1}.")
-            if enable_thinking is not None or tools is not None or template_options:
+        """A prompt as ids. Errors: PromptError for one that is neither text, messages nor ids, TokenizerError for
+        messages that the chat template does not take, and for an option that it does not know."""
+        if isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
+            if enable_thinking is not None or tools is not None or template_options or sanitize_control_tokens:
                 raise PromptError(
-                    "enable_thinking, tools and template_options go to the chat template; a prompt of ids has none."
+                    "enable_thinking, tools, template_options and sanitize_control_tokens go to the chat template;"
+                    " a prompt of ids has none."
                 )
-            return list(ids)
-        messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
+            return cast(list[int], list(prompt))
+        if not isinstance(prompt, str) and not (isinstance(prompt, list | tuple) and prompt and _are_messages(prompt)):
             raise PromptError(
                 "a prompt is text, a list of messages {'role': …, 'content': …}, or a list of ids;"
-                f" got {str(prompt)[:60]!r}."
+                f" got {shown(prompt)}."
             )
+        for name, value in (("enable_thinking", enable_thinking), ("sanitize_control_tokens", sanitize_control_tokens)):
+            optional(flag).read(value, name, fault=PromptError)
+        tools = check_tools(tools)
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": check_text(prompt, "the prompt")}]
+        for name, given in (("enable_thinking", enable_thinking), ("tools", tools)):
+            if given and not self.tokenizer.reads(name):
+                raise TokenizerError(f"{name} would do nothing: {self.tokenizer.template()[1]} does not read it.")
         return self.tokenizer.apply_chat_template(
-            messages, enable_thinking=enable_thinking, tools=tools, template_options=template_options
+            check_messages(prompt),
+            enable_thinking=enable_thinking,
+            tools=tools,
+            template_options=template_options,
+            sanitize_control_tokens=sanitize_control_tokens,
         )
 
 
@@ -215,13 +235,18 @@ class Randomness:
         given = [name for name, value in (("seed", seed), ("seeds", seeds), ("noise", noise)) if value is not None]
         if len(given) > 1:
             raise PromptError(f"{' and '.join(given)} both say where randomness comes from: give one.")
-        self.seed, self.seeds, self.noise = seed, seeds, noise
+        self.seed = optional(integer()).read(seed, "seed", fault=PromptError)
+        self.seeds = optional(many(integer())).read(seeds, "seeds", fault=PromptError)
+        if noise is not None and not all(hasattr(noise, part) for part in ("canvas", "draws", "ids")):
+            raise NoiseError(f"noise is {shown(noise)}, expected RecordedNoise, SeededNoise or the like.")
+        self.noise = noise
 
     def of(self, rows: int, length: int, vocabulary: int, decoding: Decoding) -> tuple[Noise, Sequence[int | None]]:
         """The noise of `rows` rows with canvases of `length`, and their seeds. Errors: PromptError, NoiseError."""
         if self.noise is not None:
             if isinstance(self.noise, RecordedNoise):
                 _check_recording(self.noise, rows, length, decoding)
+                self.noise.check(vocabulary)
             return self.noise, [None] * rows
         if self.seeds is not None and len(self.seeds) != rows:
             raise PromptError(f"{len(self.seeds)} seeds for {rows} prompts: give one each.")
@@ -248,7 +273,7 @@ class Request:
         self, model: DiffusionGemma, prompts: list[list[int]], options: GenerationOptions, randomness: Randomness
     ):
         self.model, self.prompts = model, prompts
-        self.settings = model.generation_config.replace(**options)
+        self.settings = self._settings(options)
         self._length = self.settings.canvas_length or model.config.canvas_length
         engine.check(model.network, prompts, self.settings)
         self.noise, self.seeds = self._noise(randomness)
@@ -277,6 +302,20 @@ class Request:
         prefix = max(map(len, self.prompts)) + self.settings.max_tokens
         check_memory(model.config, weight_bytes(model.network), model.memory_limit, prefix, rows=rows, forks=forks)
 
+    def _settings(self, options: GenerationOptions) -> GenerationConfig:
+        """The model's own with `options` over them. A `max_length`, of prompt and reply together, counts where nobody
+        chose how long the reply may be, as in transformers (_prepare_generated_length)."""
+        settings = self.model.generation_config.replace(**options)
+        if settings.max_length is None or settings.max_tokens != GenerationConfig.max_tokens or "max_tokens" in options:
+            return settings
+        longest = max(map(len, self.prompts), default=0)
+        if settings.max_length <= longest:
+            raise PromptError(
+                f"the prompt is {longest} tokens; max_length allows {settings.max_length} together with the reply.\n"
+                "Shorten it, or say how long the reply may be: max_tokens."
+            )
+        return settings.replace(max_tokens=settings.max_length - longest)
+
     def events(self, cache: PrefixCache | None = None, pause_at: int | None = None) -> Iterator[Event]:
         """The engine's events, with texts and results; `cache` and `pause_at` as `engine.generate` has them.
 
@@ -288,6 +327,7 @@ class Request:
                 "this model is generating already; a model serves one thread at a time.\n"
                 "Wait for it, close its stream, or give both prompts to one generate([…]) call."
             )
+        threads.clear_at_the_end()
         try:
             reader = Answers(self.model._tokenizer, self.prompts, self.seeds, self.model.pace)
             for event in engine.generate(
@@ -307,6 +347,10 @@ class Request:
         finally:
             self.model._lock.release()
             mx.clear_cache()
+
+    def first_canvas(self, index: int) -> list[int]:
+        """The ids that the first row's canvas `index` starts from: what can be shown of it before its first step."""
+        return cast(list[int], self.noise.canvas(index)[0].tolist())
 
     def record(self) -> NoiseRecorder:
         """Have the run's noise kept, to be saved behind it."""
@@ -334,3 +378,7 @@ def _is_ids(prompt: Prompt) -> bool:
 def _is_batch(prompt: Prompt | list[Prompt]) -> bool:
     """A list whose entries are prompts themselves: texts, message lists or id lists."""
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
+
+
+def _are_messages(prompt: Sequence[Any]) -> bool:
+    return all(isinstance(message, dict) and "role" in message for message in prompt)

@@ -1,16 +1,15 @@
 """What a run gives people: text, thoughts and calls of every row, and the same as plain data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import mlx.core as mx
 
+from ..generation.drawing import Decode, text_html
 from ..generation.events import CanvasRow, Committed, Denoised, Event, Finished, Statistics
 from ..text.tokenizer import Tokenizer
 from .pace import Pace
-
-Decode = Callable[[list[int]], str]  # ids → text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +38,12 @@ class Result:
         logprobs = self.logprobs
         return sum(logprobs) / len(logprobs) if logprobs else None
 
+    def _repr_html_(self) -> str:
+        """The reply, in a notebook."""
+        steps = ", ".join(str(canvas.steps) for canvas in self.canvases)
+        note = f"{len(self.tokens)} tokens · steps: {steps} · {self.finish_reason} · seed {self.seed}"
+        return text_html(self.text, note)
+
 
 class Answers:
     """A run's reader (see generation.events): ids → what every row has said so far."""
@@ -50,11 +55,14 @@ class Answers:
         seeds: Sequence[int | None],
         pace: Pace | None = None,
     ):
-        self.seeds, self.pace = seeds, pace
+        self.seeds, self.tokenizer, self.pace = seeds, tokenizer, pace
         self._answers = [_Answer(tokenizer, prompt) for prompt in prompts]
 
     def read(self, row: int, ids: tuple[int, ...], *, last: bool) -> tuple[str, str]:
         return self._answers[row].read(ids, last=last)
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f"{i} " for i in ids) if self.tokenizer is None else self.tokenizer.decode(ids)
 
     def conclude(self, row: int, reason: str, canvases: tuple[CanvasRow, ...], statistics: Statistics) -> Result:
         answer = self._answers[row]

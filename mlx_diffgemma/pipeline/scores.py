@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from ..errors import PromptError
 from ..generation import vocabulary
+from ..generation.run import check_ids
 from ..model.cache import PrefixCache
 from ..model.network import Network
 
@@ -47,6 +48,7 @@ def score_ids(
     Errors: PromptError for nothing to score, or a text longer than the context without a `stride`.
     """
     limit = network.config.max_position_embeddings
+    check_ids(network.config.vocab_size, [ids])
     if start < 1 or len(ids) <= start:
         raise PromptError("there is nothing to score: a token is scored by what stands in front of it.")
     if stride is None and len(ids) > limit:

@@ -54,6 +54,11 @@ class Painter:
         self.before = best
         return cells
 
+    def noise(self, ids: list[int]) -> list[Cell]:
+        """A canvas that nobody has looked at: every id is noise, as wide as what it spells."""
+        widths = [max(sum(size for _, size in glyphs), 1) for glyphs in self.pieces(ids)]
+        return [(self._noise(i, k), 1, "noise") for i, width in zip(ids, widths, strict=True) for k in range(width)]
+
     def _noise(self, ident: int, k: int) -> str:
         """A glyph that stands for a random id. Not its text: that would push the words about."""
         return NOISE[(ident + 5 * k) % len(NOISE)] if self.color else NOISE[0]

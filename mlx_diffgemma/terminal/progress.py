@@ -3,6 +3,8 @@
 import time
 from typing import TYPE_CHECKING
 
+from .console import console
+
 if TYPE_CHECKING:
     from ..packing.pieces import Piece
 
@@ -11,10 +13,9 @@ class Bar:
     """A progress bar on a terminal; elsewhere a log line every 15 seconds. Both on stderr."""
 
     def __init__(self, verb: str):
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
-        self.verb, self.console = verb, Console(stderr=True)
+        self.verb, self.console = verb, console(stderr=True)
         columns = ("{task.description}", BarColumn(), "{task.fields[state]}", TimeRemainingColumn())
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.tensors = self.nbytes = self.whole = self.done = 0
@@ -46,3 +47,39 @@ class Bar:
     def _state(self) -> str:
         rate = self.done / max(time.monotonic() - self.began, 1e-9)
         return f"{self.whole}/{self.tensors} tensors, {self.done / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s"
+
+
+class Count:
+    """How many of so many are done, and how long the rest may take: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, what: str, *, quiet: bool = False):
+        from rich.progress import BarColumn, Progress, TimeRemainingColumn
+
+        from .console import console
+
+        self.what, self.console = what, console(stderr=True, quiet=quiet)
+        columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}", "{task.fields[said]}")
+        shown = self.console.is_terminal and not quiet
+        self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, disable=not shown)
+        self.first: int | None = None  # what was done already
+        self.began = self.logged = time.monotonic()
+
+    def __enter__(self) -> "Count":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, done: int, total: int, said: str = "") -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first, self.began = done, now
+            self.bar.add_task(self.what, total=total, completed=done, said=said)
+            return
+        self.bar.update(self.bar.task_ids[0], completed=done, said=said)
+        if not self.console.is_terminal and (now - self.logged > 15 or done == total):
+            self.logged = now
+            left = (now - self.began) / max(done - self.first, 1) * (total - done)
+            told = [f"{done}/{total} {self.what}", *([said] if said else []), f"{left:.0f} s left"]
+            self.console.print(", ".join(told))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.cells import cell_len
 
+from ..disk import replacing
 from ..errors import ConfigError
 from .canvas import STYLES, Line, ansi, glyphs, wrap
 
@@ -21,10 +22,9 @@ class Recording:
     def __init__(self, path: str | Path, columns: int = 80):
         self.path, self.columns = Path(path), columns
         if self.path.suffix not in (".svg", ".html", ".cast"):
-            raise ConfigError(f"cannot record to {path}: expected a name ending in .svg, .html or .cast.")
-        if not self.path.absolute().parent.is_dir():
-            raise ConfigError(f"cannot record to {path}: there is no folder {self.path.parent}.")
-        self.text, self.kept, self.begun = "", list[Line](), 0.0
+            raise ConfigError(f"--record {path}: expected a name ending in .svg, .html or .cast.")
+        self.said: list[tuple[str, str]] = []  # text that stays, with its style
+        self.kept, self.begun = list[Line](), 0.0
         self.frames: list[tuple[float, list[Line]]] = []
 
     @property
@@ -35,14 +35,16 @@ class Recording:
         self.begun = self.begun or time.perf_counter()
         self.frames.append((time.perf_counter() - self.begun, self.kept + lines))
 
-    def commit(self, text: str) -> None:
-        self.text += text
-        self.kept = wrap(((glyph, size, "") for glyph, size in glyphs(self.text.removesuffix("\n"))), self.columns)
+    def commit(self, text: str, style: str = "") -> None:
+        self.said.append((text, style))
+        said = [*self.said[:-1], (text.removesuffix("\n"), style)]
+        self.kept = wrap(((glyph, size, style) for text, style in said for glyph, size in glyphs(text)), self.columns)
         self.draw([])
 
     def close(self) -> None:
         write = {".svg": _svg, ".html": _page, ".cast": _cast}[self.path.suffix]
-        self.path.write_text(write(self.frames, self.columns), encoding="utf-8")
+        with replacing(self.path, "w") as stream:
+            stream.write(write(self.frames, self.columns))
 
 
 def _cast(frames: list[tuple[float, list[Line]]], columns: int) -> str:

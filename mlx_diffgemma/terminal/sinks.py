@@ -6,15 +6,14 @@ A sink takes events one by one; `show` feeds them. Arrays of an event are lazy, 
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TextIO
-
-from rich.console import Console
 
 from ..generation.events import CanvasRow, Committed, Denoised, Event, Finished, Prefilled
 from ..pipeline.results import Decode, Result, event_json, only_row
 from . import marks
-from .canvas import Painter, wrap
+from .canvas import Cell, Painter, wrap
+from .console import console
 from .screen import Screen, Terminal
 
 FRAMES_PER_SECOND = 15
@@ -58,12 +57,23 @@ class Voice:
         return said + event.text
 
 
-def paced(events: Iterable[Event], seconds: float) -> Iterator[Event]:
-    """The same events, but every step stays in sight for so long: a small model is too quick to be seen."""
-    for event in events:
-        yield event
-        if isinstance(event, Denoised):
-            time.sleep(seconds)
+class Pace:
+    """The same events, but the noise of a canvas and every step of it stay in sight for so long: a small model is too
+    quick to be seen. `slept` are the seconds that went into waiting."""
+
+    def __init__(self, seconds: float = 0.0):
+        self.seconds, self.slept = seconds, 0.0
+
+    def __call__(self, events: Iterable[Event]) -> Iterator[Event]:
+        for event in events:
+            yield event
+            if isinstance(event, Denoised) or (isinstance(event, Prefilled) and event.tokens == event.total):
+                self.rest()
+
+    def rest(self) -> None:
+        if self.seconds:
+            time.sleep(self.seconds)
+            self.slept += self.seconds
 
 
 class BareText:
@@ -99,7 +109,8 @@ class JsonLines:
 
 
 class Live:
-    """The canvas as it denoises, at most 15 times a second and for at most a fiftieth of the time; or every step."""
+    """The canvas as it denoises, from its noise on: the first step and the last, and those between them at most 15
+    times a second and for at most a fiftieth of the time; or every step. `noise` gives the ids a canvas starts from."""
 
     def __init__(
         self,
@@ -109,28 +120,36 @@ class Live:
         color: bool = True,
         every_step: bool = False,
         voice: Voice | None = None,
+        pace: Pace | None = None,
+        noise: Callable[[int], list[int]] | None = None,
     ):
-        self.screen, self.painter, self.every_step = screen, Painter(decode, color), every_step
-        self.voice = voice or Voice()
-        self.started: float | None = None
+        self.screen, self.painter = screen, Painter(decode, color)
+        self.pace, self.voice, self.noise = pace or Pace(), voice or Voice(), noise
+        self.every_step = every_step or self.pace.seconds > 0
+        self.started: float | None = None  # when the prompt was read
         self.due, self.cost, self.kept = 0.0, 0.001, 0  # seconds, seconds a drawing, committed tokens
 
     def __call__(self, event: Event) -> None:
         now = time.perf_counter()
-        if isinstance(event, Committed):
+        if isinstance(event, Prefilled):
+            if event.tokens == event.total:
+                self.started = now
+                self._draw_noise(0)
+            elif now >= self.due:
+                told = f"reading the prompt {event.tokens}/{event.total}"
+                self.screen.draw([[(told[: self._room()], "status")]])
+                self.due = now + 1 / FRAMES_PER_SECOND
+        elif isinstance(event, Denoised):
+            if now >= self.due or self.every_step or event.step == 0 or event.settled[0]:
+                self._draw(event)
+        elif isinstance(event, Committed):
             self.kept += len(event.rows[0].ids)
             if event.rows[0].canvas_logprobs is not None:
                 self._draw_scores(event.rows[0])
             self.painter.forget()
             self.screen.commit(self.voice(event))
-        elif isinstance(event, Prefilled) and now >= self.due:
-            told = f"reading the prompt {event.tokens}/{event.total}"
-            self.screen.draw([[(told[: self.screen.size[0] - 3], "status")]])
-            self.due = now + 1 / FRAMES_PER_SECOND
-        elif isinstance(event, Denoised):
-            self.started = self.started or now
-            if now >= self.due or self.every_step:
-                self._draw(event, now - self.started)
+            if not event.rows[0].reason:
+                self._draw_noise(event.index + 1)
 
     def close(self) -> None:
         self.screen.close()
@@ -142,22 +161,34 @@ class Live:
         mean = sum(logprobs) / max(len(logprobs), 1)
         self.screen.draw([*lines[-(self.screen.size[1] - 3) :], [(marks.likelihood(mean), "status")]])
 
-    def _draw(self, event: Denoised, seconds: float) -> None:
+    def _draw_noise(self, index: int) -> None:
+        """What a canvas is before its first step."""
+        if self.noise is not None:
+            ids = self.noise(index)
+            self._show(self.painter.noise(ids), f"step 0 · noise · canvas {index + 1}")
+
+    def _draw(self, event: Denoised) -> None:
         arrays = (event.best, event.next_canvas, event.accepted, event.entropy)
         best, noise, accepted, entropy = map(only_row, arrays)
         begun = time.perf_counter()  # the arrays are here: what follows is the cost of drawing
-        columns, rows = self.screen.size
-        lines = wrap(self.painter.cells(best, noise, accepted, entropy), columns)
-        if len(lines) > rows - 2:
-            hidden = len(lines) - (rows - 3)
-            lines = [[(f"… {hidden} more lines"[:columns], "status")], *lines[hidden:]]
-        lines.append([(self._status(event, seconds, columns - 3), "status")])
-        self.screen.draw(lines)
+        self._show(self.painter.cells(best, noise, accepted, entropy), self._status(event))
         self.cost = min(time.perf_counter() - begun, 2 * self.cost)  # a hiccup is not the rule
         self.due = begun + max(1 / FRAMES_PER_SECOND, self.cost / SHARE)
 
-    def _status(self, event: Denoised, seconds: float, room: int) -> str:
-        accepted = event.accepted_count[0]
+    def _show(self, cells: list[Cell], status: str) -> None:
+        columns, rows = self.screen.size
+        lines = wrap(cells, columns)
+        if len(lines) > rows - 2:
+            hidden = len(lines) - (rows - 3)
+            lines = [[(f"… {hidden} more lines"[:columns], "status")], *lines[hidden:]]
+        self.screen.draw([*lines, [(status[: self._room()], "status")]])
+
+    def _room(self) -> int:
+        """Columns for a line of status."""
+        return max(self.screen.size[0] - 3, 1)
+
+    def _status(self, event: Denoised) -> str:
+        accepted, seconds = event.accepted_count[0], self._seconds()
         parts = [f"step {event.step + 1}/{event.steps}", f"accepted {accepted}/{event.best.shape[1]}"]
         parts += [f"entropy {event.mean_entropy[0]:.3f}"]
         if seconds > 0:
@@ -165,20 +196,31 @@ class Live:
         parts += [f"canvas {event.index + 1}"]
         text = parts[0]
         for part in parts[1:]:
-            if len(text) + len(part) + 3 <= room:
+            if len(text) + len(part) + 3 <= self._room():
                 text += " · " + part
-        return text[: max(room, 1)]
+        return text
+
+    def _seconds(self) -> float:
+        """Since the prompt was read, without the pauses."""
+        return 0.0 if self.started is None else time.perf_counter() - self.started - self.pace.slept
 
 
-def on_stdout(decode: Decode, *, events: bool = False, bare: bool = False, show_thinking: bool = False) -> Sink:
+def on_stdout(
+    decode: Decode,
+    *,
+    events: bool = False,
+    bare: bool = False,
+    show_thinking: bool = False,
+    pace: Pace | None = None,
+    noise: Callable[[int], list[int]] | None = None,
+) -> Sink:
     """The live canvas on a terminal, bare text elsewhere, JSON lines if asked for."""
-    voice = Voice(show_thinking=show_thinking)
-    console = Console()
+    voice, out = Voice(show_thinking=show_thinking), console()
     if events:
         return JsonLines(sys.stdout, decode)
-    if bare or not console.is_terminal or console.is_dumb_terminal:
+    if bare or not out.is_terminal or out.is_dumb_terminal:
         return BareText(sys.stdout, voice)
-    return Live(Terminal(console), decode, color=not console.no_color, voice=voice)
+    return Live(Terminal(out), decode, color=not out.no_color, voice=voice, pace=pace, noise=noise)
 
 
 def summary(result: "Result") -> str:

@@ -43,6 +43,11 @@ def make_batch(
     )
 
 
+def fitting(examples: Sequence[Example], settings: Settings) -> list[Example]:
+    """Those that are not longer than `max_length`."""
+    return [example for example in examples if example.length <= settings.max_length]
+
+
 class Batches:
     """Which examples belong to which batch: a pure function of the seed and the batch's number.
 
@@ -50,7 +55,7 @@ class Batches:
     """
 
     def __init__(self, examples: Sequence[Example], settings: Settings):
-        self.examples = [example for example in examples if example.length <= settings.max_length]
+        self.examples = fitting(examples, settings)
         self.left_out = len(examples) - len(self.examples)
         self.settings = settings
         self.per_epoch = len(self.examples) // settings.batch_size

@@ -1,14 +1,17 @@
 """Examples from JSON lines: conversations, or prompts and completions, of a folder or a Hub dataset."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import TrainingError
+from ..disk import user_path, visible
+from ..errors import TokenizerError, TrainingError
 from ..files import hub
+from ..readers import json_lines
+from ..text.gate import Message, check_messages, check_text, check_tools
 from ..text.tokenizer import Tokenizer
+from ..values import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +42,13 @@ def read_data(path_or_repo: str, tokenizer: Tokenizer) -> tuple[list[Example], l
 
     Errors: TrainingError naming file and line.
     """
-    folder = Path(path_or_repo)
+    folder = user_path(path_or_repo, "--data")
+    if folder.is_file():
+        raise TrainingError(f"--data {folder} is a file, expected the folder that has it as train.jsonl.")
     if folder.is_dir():
         files = {split: [folder / f"{split}.jsonl"] for split in SPLITS if (folder / f"{split}.jsonl").is_file()}
         if "train" not in files:
-            raise TrainingError(
-                f"{folder} has no train.jsonl.\nOne JSON object a line: messages, or prompt and completion."
-            )
+            raise TrainingError(f"--data {folder} has no train.jsonl.\n{EXPECTED}")
     else:
         files = _hub_files(path_or_repo)
     train, valid = (
@@ -57,7 +60,7 @@ def read_data(path_or_repo: str, tokenizer: Tokenizer) -> tuple[list[Example], l
 def _hub_files(repo: str) -> dict[str, list[Path]]:
     """The .jsonl files of a Hub dataset by split; a single file without a split's name is the training data."""
     folder = hub.dataset(repo)
-    found = sorted(folder.rglob("*.jsonl"))
+    found = visible(folder, "**/*.jsonl")
     if not found:
         raise TrainingError(
             f"{repo} has no .jsonl file; parquet and other forms are not read.\n"
@@ -84,36 +87,40 @@ def _hub_files(repo: str) -> dict[str, list[Path]]:
 
 def _read(file: Path, tokenizer: Tokenizer) -> list[Example]:
     examples = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for where, values in json_lines(file, fault=TrainingError):
+        messages, answer, tools = _conversation(values, where)
         try:
-            messages, answer, tools = _conversation(json.loads(line))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise TrainingError(
-                f'{file}:{number}: {error}.\nExpected {{"messages": [..., an assistant\'s]}} or'
-                ' {"prompt": text, "completion": text}.'
-            ) from None
-        prompt = tokenizer.apply_chat_template(messages, tools=tools)
+            prompt = tokenizer.apply_chat_template(messages, tools=tools)
+        except TokenizerError as error:
+            raise TrainingError(f"{where}: {error}") from None
         examples.append(Example(prompt=tuple(prompt), response=tuple(tokenizer.encode(answer))))
     if not examples:
-        raise TrainingError(f"{file} has no examples.")
+        raise TrainingError(f"{file} has no examples.\n{EXPECTED}")
     return examples
 
 
-def _conversation(values: Any) -> tuple[list[dict[str, Any]], str, list[dict[str, Any]] | None]:
-    """The messages before the last answer, that answer, and the tools the model may call."""
+EXPECTED = 'Expected {"messages": [..., an assistant\'s]} or {"prompt": text, "completion": text} on each line.'
+
+
+def _conversation(values: Any, where: str) -> tuple[list[Message], str, list[dict[str, Any]] | None]:
+    """The messages before the last answer, that answer, and the tools the model may call. Errors: TrainingError."""
     if not isinstance(values, dict):
-        raise ValueError(f"a {type(values).__name__} instead of an object")
+        raise TrainingError(f"{where} holds {shown(values)}, expected an object.\n{EXPECTED}")
+    tools = check_tools(values.get("tools"), f"{where}: tools", fault=TrainingError)
     if "prompt" in values:
-        prompt, answer = values["prompt"], values["completion"]
-        if not isinstance(prompt, str) or not isinstance(answer, str):
-            raise ValueError("prompt and completion are not both text")
-        return [{"role": "user", "content": prompt}], answer, values.get("tools")
-    *before, last = values["messages"]
-    if last["role"] not in ("assistant", "model") or not isinstance(last["content"], str):
-        raise ValueError("the last message is no text by the assistant")
-    return before, last["content"], values.get("tools")
+        prompt, answer = (
+            check_text(values.get(k), f"{where}: {k}", fault=TrainingError) for k in ("prompt", "completion")
+        )
+        return [{"role": "user", "content": prompt}], answer, tools
+    if "messages" not in values:
+        raise TrainingError(f"{where} has neither messages nor prompt and completion.\n{EXPECTED}")
+    *before, last = check_messages(values["messages"], f"{where}: messages", fault=TrainingError)
+    answer = last.get("content")
+    if last["role"] not in ("assistant", "model") or not isinstance(answer, str):
+        raise TrainingError(f"{where}: the last message is no text by the assistant.\n{EXPECTED}")
+    if not before:
+        raise TrainingError(f"{where}: there is no message before the answer.\n{EXPECTED}")
+    return before, answer, tools
 
 
 def ends_of(tokenizer: Tokenizer, fill: str) -> Ends:

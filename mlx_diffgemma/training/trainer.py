@@ -5,9 +5,10 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,11 +16,15 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
-from ..disk import replacing_folder
+from ..disk import replacing, replacing_folder
 from ..errors import TrainingError
+from ..files.shards import write_tensors
 from ..model.network import Network, leaves
-from .batches import Batches, make_batch
+from ..readers import read_json
+from ..values import Field, Table, integer
+from .batches import Batches, fitting, make_batch
 from .data import Ends, Example
+from .identity import checkpoints, claimed, identity
 from .objective import Batch, losses
 from .optimizer import make_optimizer
 from .settings import Settings
@@ -54,14 +59,24 @@ class Saved:
     folder: Path
 
 
-Event = Trained | Evaluated | Saved
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """The run begins, or goes on behind `step`."""
+
+    step: int  # 0 for a new run, `steps` for a finished one
+    steps: int
+    locked: bool  # False where the disk has no locks: nothing keeps a second run out
+
+
+Event = Started | Trained | Evaluated | Saved
 
 
 class Trainer:
     """Trains the trainable parameters of `network` and keeps checkpoints in `folder`.
 
-    A run that is killed and started again continues from the newest checkpoint and ends with the same bits. Started
-    in a group of processes (mlx.launch), every process takes its own batches and gradients are averaged.
+    A run that is killed and started again continues from the newest checkpoint and ends with the same bits; no other
+    run does, and no two at once. Started in a group of processes (mlx.launch), every process takes its own batches and
+    gradients are averaged.
     """
 
     def __init__(
@@ -73,29 +88,62 @@ class Trainer:
         held_out: Sequence[Example],
         ends: Ends,
         folder: Path,
+        origin: dict[str, Any] | None = None,
     ):
+        """`origin` is what the result depends on besides settings and examples: base and adapter, by name.
+
+        Errors: TrainingError for examples that make no batch, or have ids that the vocabulary does not have.
+        """
         self.network, self.settings, self.ends, self.folder = network, settings, ends, Path(folder)
         self.batches = Batches(examples, settings)
-        self.held_out = list(held_out)
+        self.held_out = fitting(held_out, settings)
+        self.held_out_left_out = len(held_out) - len(self.held_out)
+        _check_ids(network.config.vocab_size, [*self.batches.examples, *self.held_out], ends)
         self.optimizer = make_optimizer(settings)
         self.optimizer.init(network.trainable_parameters())
         self.group = mx.distributed.init()
+        self.identity = identity(settings, self.batches.examples, self.group.size(), origin or {})
         self.step = 0
 
     def run(self) -> Iterator[Event]:
-        """Train to the last step. Errors: TrainingError when the loss is no longer a number."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.resume()
-        state = [self.network.state, self.optimizer.state]  # the dicts that resuming filled
-        self._gradients = mx.compile(self._value_and_grad, inputs=state[:1], outputs=state[:1])
-        self._update = mx.compile(self._apply, inputs=state, outputs=state)
-        while self.step < self.settings.steps:
-            yield self._train_step()
-            last = self.step == self.settings.steps
-            if self.held_out and (last or self.step % self.settings.evaluate_every == 0):
-                yield self.evaluate()
-            if (last or self.step % self.settings.save_every == 0) and self.group.rank() == 0:
-                yield self.save()
+        """Train to the last step, from the newest checkpoint on if the folder has one of this run.
+
+        Errors: TrainingError when the folder holds another run or is held by another process, and when the loss is no
+        longer a number; OSError.
+        """
+        with self._claim() as locked:
+            self.resume()
+            yield Started(step=self.step, steps=self.settings.steps, locked=locked)
+            state = [self.network.state, self.optimizer.state]  # the dicts that resuming filled
+            self._gradients = mx.compile(self._value_and_grad, inputs=state[:1], outputs=state[:1])
+            self._update = mx.compile(self._apply, inputs=state, outputs=state)
+            while self.step < self.settings.steps:
+                yield self._train_step()
+                last = self.step == self.settings.steps
+                if self.held_out and (last or self.step % self.settings.evaluate_every == 0):
+                    yield self.evaluate()
+                if (last or self.step % self.settings.save_every == 0) and self.group.rank() == 0:
+                    yield self.save()
+
+    @contextmanager
+    def _claim(self) -> Iterator[bool]:
+        """The first process holds the folder for all; when it may not, none of them begins."""
+        with ExitStack() as stack:
+            locked, refused = True, None
+            if self.group.rank() == 0:
+                try:
+                    locked = stack.enter_context(claimed(self.folder, self.identity))
+                except TrainingError as error:
+                    refused = error
+            if self._of_all([float(refused is not None)])[0]:
+                raise refused or TrainingError("the first process of the group may not train: see its message.")
+            yield locked
+
+    def _of_all(self, numbers: list[float]) -> list[float]:
+        """The mean over all processes: every one of them goes on, or none."""
+        if self.group.size() == 1:
+            return numbers
+        return np.array(mx.distributed.all_sum(mx.array(numbers), group=self.group) / self.group.size()).tolist()
 
     def _train_step(self) -> Trained:
         start = time.perf_counter()
@@ -114,7 +162,7 @@ class Trainer:
             tokens += batch.tokens.size + batch.clean.size
         gradients = tree_map(lambda g: g / settings.accumulate, gradients)
         gradients = nn.average_gradients(gradients, self.group)
-        decoder, encoder = (parts / settings.accumulate).tolist()
+        decoder, encoder = self._of_all((parts / settings.accumulate).tolist())
         loss = decoder + settings.encoder_weight * encoder
         if not math.isfinite(loss):
             raise TrainingError(
@@ -167,35 +215,64 @@ class Trainer:
         return Evaluated(step=self.step, decoder_loss=sums[0] / count, encoder_loss=sums[1] / count)
 
     def save(self) -> Saved:
-        """Write weights, optimizer and position; the folder appears only when it is whole."""
+        """Write weights, optimizer and position; the folder appears only when it is whole. Errors: OSError."""
         final = self.folder / f"step-{self.step:07d}"
         position = {"step": self.step, "settings": asdict(self.settings)}
         with replacing_folder(final) as made:
-            mx.save_safetensors(str(made / "weights.safetensors"), leaves(self.network.trainable_parameters()))
-            mx.save_safetensors(str(made / "optimizer.safetensors"), leaves(self.optimizer.state))
-            (made / "position.json").write_text(json.dumps(position, indent=2) + "\n")
-        for old in self._checkpoints()[: -self.settings.keep]:
+            write_tensors(made / WEIGHTS, leaves(self.network.trainable_parameters()))
+            write_tensors(made / OPTIMIZER, leaves(self.optimizer.state))
+            with replacing(made / POSITION, "w") as stream:
+                stream.write(json.dumps(position, indent=2) + "\n")
+        for old in checkpoints(self.folder)[: -self.settings.keep]:
             shutil.rmtree(old)
         return Saved(step=self.step, folder=final)
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint, if there is one. Errors: TrainingError when it trained other weights."""
+        """Continue from the newest checkpoint, if there is one. Errors: TrainingError when it is damaged, or trained
+        other weights."""
         if (newest := self._newest()) is None:
             return
-        weights: Any = mx.load(str(newest / "weights.safetensors"))
-        if weights.keys() != leaves(self.network.trainable_parameters()).keys():
+        try:
+            position = read_json(newest / POSITION, fault=TrainingError)
+            step = _POSITION.read(position, str(newest / POSITION), fault=TrainingError)["step"]
+            weights, saved = (_arrays(newest / file) for file in (WEIGHTS, OPTIMIZER))
+        except TrainingError as error:
+            raise TrainingError(f"{error}\nDelete {newest} to continue from the checkpoint before it.") from None
+        if step > self.settings.steps:
+            raise TrainingError(f"{newest / POSITION}: step is {step}, expected at most {self.settings.steps}.")
+        trained = leaves(self.network.trainable_parameters())
+        if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in trained.items()}:
             raise TrainingError(
                 f"{newest} is a checkpoint of another kind of run: it trained other weights.\n"
                 "Choose another output folder, or delete it to start anew."
             )
         self.network.load_weights(list(weights.items()), strict=False)
-        saved: Any = mx.load(str(newest / "optimizer.safetensors"))
         self.optimizer.state = tree_unflatten(list(saved.items()))
-        self.step = json.loads((newest / "position.json").read_text())["step"]
+        self.step = step
         mx.eval(self.network.state, self.optimizer.state)
 
-    def _checkpoints(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"))
-
     def _newest(self) -> Path | None:
-        return next(reversed(self._checkpoints()), None)
+        return next(reversed(checkpoints(self.folder)), None)
+
+
+WEIGHTS, OPTIMIZER, POSITION = "weights.safetensors", "optimizer.safetensors", "position.json"
+_POSITION = Table(Field("step", integer(least=1)), open=True)
+
+
+def _arrays(file: Path) -> dict[str, mx.array]:
+    """Errors: TrainingError for a file that is absent or damaged."""
+    try:
+        return cast(dict[str, mx.array], mx.load(str(file)))
+    except (RuntimeError, ValueError, OSError):
+        what = "is damaged" if file.is_file() else "is missing"
+        raise TrainingError(f"{file} {what}: it cannot be continued.") from None
+
+
+def _check_ids(size: int, examples: Sequence[Example], ends: Ends) -> None:
+    """Errors: TrainingError for an id outside 0 … size − 1: nothing behind this looks at one again."""
+    highest = max(max((*example.prompt, *example.response, *ends)) for example in examples)
+    if highest >= size:
+        raise TrainingError(
+            f"the examples have the id {highest}; this model's ids are 0 … {size - 1}.\n"
+            "Tokenizer and weights do not belong together."
+        )

@@ -198,7 +198,7 @@ def test_a_prefix_of_either_decoding_serves_both(network: Network) -> None:
 def test_a_cache_with_the_whole_prompt_is_refused(network: Network) -> None:
     cache = network.make_cache()
     network.encode(mx.array([PROMPT]), cache)
-    with pytest.raises(PromptError, match="holds the whole prompt"):
+    with pytest.raises(PromptError, match="expected fewer than the prompt has"):
         engine.generate(network, [PROMPT], SETTINGS, noise(), cache=cache)
 
 
@@ -235,7 +235,7 @@ def test_a_run_is_repeated_from_its_noise(network: Network, tmp_path: Any) -> No
     ("options", "message"),
     [
         ({"decoding": "causal"}, "decoding is 'causal', expected 'diffusion' or 'autoregressive'"),
-        ({"top_p": 0.0}, "top_p is 0.0, expected above 0 and at most 1"),
+        ({"top_p": 0.0}, "top_p is 0.0, expected a number above 0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"top_k": -1}, "top_k is -1"),
         ({"min_p": 2.0}, "min_p is 2.0"),
@@ -248,7 +248,7 @@ def test_a_run_is_repeated_from_its_noise(network: Network, tmp_path: Any) -> No
         ({"decoding": "diffusion", "min_p": 0.1}, "min_p would do nothing in diffusion decoding"),
         ({"best_of": 0}, "best_of is 0"),
         ({"best_of": 2, "greedy": True}, "best_of would do nothing"),
-        ({"logprobs": 21}, "logprobs is 21, expected True, False or 1 … 20"),
+        ({"logprobs": 21}, "logprobs is 21, expected"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:

@@ -74,9 +74,9 @@ def test_a_recording_that_is_too_short_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04 broken"])
 def test_a_damaged_recording_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "noise.npz").write_bytes(content)
-    with pytest.raises(NoiseError, match="not a readable recording"):
+    with pytest.raises(NoiseError, match="no recording of noise"):
         RecordedNoise.load(tmp_path / "noise.npz")
-    with pytest.raises(NoiseError, match="not a readable recording"):
+    with pytest.raises(NoiseError, match="no recording of noise"):
         RecordedNoise.load(tmp_path / "absent.npz")
 
 

@@ -3,9 +3,11 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import LinearTemperatureScheduleLogitsProcessor
 
 from mlx_diffgemma.generation import sampler
 
@@ -72,6 +74,18 @@ def test_temperature_starts_at_t_max_and_never_reaches_t_min(steps: int) -> None
 
 def test_temperature_of_the_model_card() -> None:
     assert sampler.temperature(47, 48, t_min=0.4, t_max=0.8) == pytest.approx(0.408333, abs=1e-6)
+
+
+@pytest.mark.parametrize(("t_min", "t_max"), [(0.4, 0.8), (0.1, 1.3), (0.7, 0.7)])
+def test_temperature_is_the_reference_to_the_last_bit(t_min: float, t_max: float) -> None:
+    """The reference's loop hands its schedule the steps that remain as a 32-bit array."""
+    for steps in range(1, 65):
+        schedule = LinearTemperatureScheduleLogitsProcessor(t_min, t_max, steps)
+        for step in range(steps):
+            remaining = torch.tensor(steps - step, dtype=torch.int32)
+            theirs = 1 / schedule(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, dtype=torch.float64), remaining)
+            ours = sampler.temperature(step, steps, t_min=t_min, t_max=t_max)
+            assert ours == pytest.approx(theirs.item(), abs=1e-9) and np.float32(ours) == ours
 
 
 def test_renoise_replaces_what_is_not_accepted() -> None:

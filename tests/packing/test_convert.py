@@ -15,7 +15,8 @@ from click.testing import CliRunner, Result
 from mlx_diffgemma.config import RELEASED
 from mlx_diffgemma.convert import main
 from mlx_diffgemma.files import checkpoint, quantization, shards
-from mlx_diffgemma.files.checkpoint import INDEX, open_checkpoint
+from mlx_diffgemma.files.checkpoint import open_checkpoint
+from mlx_diffgemma.files.folder import INDEX
 from mlx_diffgemma.files.shards import read_header
 from mlx_diffgemma.files.weights import load_network
 from mlx_diffgemma.packing import conversion

@@ -107,18 +107,18 @@ def test_the_command_lines_recipe_keeps_the_trunk() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('because = "x"\nbit = 4', "unknown key 'bit'. Did you mean 'bits'"),
-        ("bits = 4", "because is None, expected a sentence"),
+        ('because = "x"\nbit = 4', "unknown key bit = 4. Did you mean 'bits'"),
+        ("bits = 4", "because is null, expected text"),
         ('because = "x"\nbits = 7', "2, 3, 4, 5, 6 or 8 bits"),
-        ('because = "x"\nbits = "4"', "bits and group_size are integers; got '4', 64"),
-        ('because = "x"\nbits = 4.0', "bits and group_size are integers; got 4.0, 64"),
-        ('because = "x"\nmode = ["affine"]', "mode is ['affine'], expected one of affine"),
+        ('because = "x"\nbits = "4"', "bits is '4', expected an integer"),
+        ('because = "x"\nbits = 4.0', "bits is 4.0, expected an integer"),
+        ('because = "x"\nmode = ["affine"]', "mode is ['affine'], expected 'affine' or"),
         ('because = "x"\nexperimental = "no"', "experimental is 'no', expected true or false"),
-        ('because = "x"\nmode = "int4"', "mode is 'int4', expected one of affine"),
+        ('because = "x"\nmode = "int4"', "mode is 'int4', expected 'affine' or"),
         ('because = "x"\nmode = "nvfp4"\ngroup_size = 64', "nvfp4 is always 4 bits in groups of 16"),
         ('because = "x"\ndtype = "float8"', "dtype is 'float8'"),
-        ('because = "x"\nbits = 4\noverride = 3', "override is 3, expected one or more"),
-        ('because = "x"\nbits = 4\n[[override]]\npath = "decoder.**"\nbits = 8', "override 1: because is None"),
+        ('because = "x"\nbits = 4\noverride = 3', "override is 3, expected a list"),
+        ('because = "x"\nbits = 4\n[[override]]\npath = "decoder.**"\nbits = 8', "override[0].because is null"),
         (
             'because = "x"\nbits = 4\n[[override]]\npath = "decoder.**"\nbits = 8\nquantize = false\nbecause = "x"',
             "`quantize = false` beside bits",
@@ -132,8 +132,8 @@ def test_the_command_lines_recipe_keeps_the_trunk() -> None:
             'because = "x"\nbits = 8\n[[override]]\npath = "encoder.vision_tower.**"\nbits = 8\nbecause = "x"',
             "matches nothing that can be packed",
         ),
-        ('extends = "mine.toml"\nbecause = "x"', "there is no recipe 'mine.toml'"),
-        ("because = ", "cannot be read"),
+        ('extends = "mine.toml"\nbecause = "x"', "recipe mine.toml extends itself"),
+        ("because = ", "is not TOML"),
     ],
 )
 def test_recipes_that_are_refused(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ def test_groups_that_do_not_divide_a_width_become_smaller_or_vanish() -> None:
     sources = [
         Source(name=f"m{n}.weight", shape=(8, n), component="experts", quantize=True) for n in (256, 704, 96, 40)
     ]
-    planned = plan.plan(recipe, sources)
+    planned = planning.plan(recipe, sources)
     assert [item.how and item.how.group_size for item in planned] == [128, 64, 32, None]
     assert [item.wanted for item in planned] == [None, recipe.base, recipe.base, recipe.base]
     assert list(planning.quantization_block(recipe, planned)) == ["group_size", "bits", "mode", "m704", "m96"]

@@ -1,0 +1,94 @@
+"""Text ↔ ids by two libraries: `tokenizers` for tokenizer.json; `sentencepiece` where only tokenizer.model is there."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from ..errors import TokenizerError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Fast
+
+
+class Vocabulary(Protocol):
+    """What the two libraries have in common here."""
+
+    special_ids: frozenset[int]  # left out of an answer's text
+
+    def encode(self, text: str) -> list[int]: ...
+    def encode_plainly(self, text: str) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
+    def id_of(self, token: str) -> int | None: ...
+    def size(self) -> int: ...
+    def added(self) -> list[tuple[str, bool]]: ...
+
+
+class FastVocabulary:
+    """tokenizer.json through `tokenizers`."""
+
+    def __init__(self, fast: "Fast"):
+        self._fast = fast
+        self._added = dict(sorted(fast.get_added_tokens_decoder().items()))
+        # Asked, not read from the flags: one that was special once stays so, whatever is said later.
+        self.special_ids = frozenset(i for i in self._added if fast.decode([i]) != fast.decode([i], False))
+
+    def encode(self, text: str) -> list[int]:
+        return self._fast.encode(text, add_special_tokens=False).ids
+
+    def encode_plainly(self, text: str) -> list[int]:
+        """Without added tokens: the pipeline behind them."""
+        fast = self._fast
+        text = text if fast.normalizer is None else fast.normalizer.normalize_str(text)
+        parts = [text] if fast.pre_tokenizer is None else [p for p, _ in fast.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for part in parts for token in fast.model.tokenize(part)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._fast.decode(ids, skip_special_tokens=False)
+
+    def id_of(self, token: str) -> int | None:
+        return self._fast.token_to_id(token)
+
+    def size(self) -> int:
+        return self._fast.get_vocab_size()
+
+    def added(self) -> list[tuple[str, bool]]:
+        return [(token.content, i in self.special_ids) for i, token in self._added.items()]
+
+
+class SentencePieceVocabulary:
+    """tokenizer.model through `sentencepiece`; template markers must be user-defined symbols there."""
+
+    def __init__(self, path: Path, special: Sequence[str]):
+        from sentencepiece import SentencePieceProcessor
+
+        self._pieces = pieces = SentencePieceProcessor(model_file=str(path))
+        names = [pieces.id_to_piece(i) for i in range(pieces.get_piece_size())]
+        self._ids = {name: i for i, name in enumerate(names)}
+        # Control symbols are not recognised inside text, and others only if they are cheap: all are split off by hand.
+        control = {name for i, name in enumerate(names) if pieces.is_control(i) or pieces.is_unknown(i)}
+        control |= {name for name in special if name in self._ids}
+        longest = sorted(control, key=len, reverse=True)
+        self._control = re.compile(f"({'|'.join(map(re.escape, longest)) or '(?!)'})")
+        self.special_ids = frozenset(self._ids[name] for name in control)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for number, part in enumerate(self._control.split(text)):
+            ids += [self._ids[part]] if number % 2 else self._pieces.encode(part)
+        return ids
+
+    def encode_plainly(self, text: str) -> list[int]:
+        raise TokenizerError("control tokens can be made plain with a tokenizer.json only; this model has none.")
+
+    def decode(self, ids: list[int]) -> str:
+        return self._pieces.decode(ids)
+
+    def id_of(self, token: str) -> int | None:
+        return self._ids.get(token)
+
+    def size(self) -> int:
+        return len(self._ids)
+
+    def added(self) -> list[tuple[str, bool]]:
+        return []
