@@ -3,13 +3,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 # MLX's Linux wheel carries a slow BLAS of its own: use OpenBLAS where the system has it.
 BLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0))
-RUN := $(if $(BLAS),LD_PRELOAD=$(BLAS)) $(BIN)/python -m
+WITH := $(if $(BLAS),LD_PRELOAD=$(BLAS))
+RUN := $(WITH) $(BIN)/python -m
+# What `make quick` runs: the algorithm, the prefix, texts, the commands' words.
+QUICK := tests/generation/test_sampler.py tests/generation/test_settings.py tests/generation/test_noise.py \
+	tests/model/test_attention.py tests/model/test_cache.py tests/text tests/pipeline/test_pipeline.py \
+	tests/commands/test_conventions.py
+# What needs neither torch nor transformers' models nor mlx-vlm: the package with the oldest dependencies it allows.
+ALONE := tests/commands tests/text tests/terminal tests/pipeline/test_pipeline.py tests/pipeline/test_offline.py \
+	tests/test_tour.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench
+.PHONY: demo quick test lint bench soak floors
 demo: .venv/demo
-	$(RUN) mlx_diffgemma.generate --pace 0.15
+	$(RUN) mlx_diffgemma.generate
+
+quick: lint
+	$(RUN) pytest $(QUICK)
 
 test: lint
 	$(RUN) pytest
@@ -20,8 +31,19 @@ lint: .venv/test
 bench: .venv/demo
 	$(RUN) mlx_diffgemma.bench
 
+soak: .venv/test
+	$(RUN) benchmarks.soak
+	$(RUN) benchmarks.kills
+
+floors: .venv/floors
+	$(WITH) .venv/floors/bin/python -m pytest $(ALONE)
+
 .venv/demo: pyproject.toml
 	$(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q -e . && touch $@
 
 .venv/test: .venv/demo
 	$(BIN)/python -m pip install -q -e '.[test]' && touch $@
+
+.venv/floors: .venv/demo
+	$(BIN)/python -m pip install -q uv && $(BIN)/uv venv -q --python $(BIN)/python $@
+	$(BIN)/uv pip install -q --python $@/bin/python --resolution lowest-direct -e . 'pytest>=9' 'hypothesis>=6.100'

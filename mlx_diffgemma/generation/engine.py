@@ -15,7 +15,7 @@ files, no printing.
 Source: transformers DiffusionGemmaGenerationMixin.generate.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -25,6 +25,9 @@ from ..errors import CheckpointError, ConfigError
 from ..model.cache import PrefixCache
 from ..model.network import Network
 from . import autoregressive, sampler, vocabulary
+from .constraint import conditioned
+from .constraint.automaton import Constraint
+from .constraint.conditioned import Guide, Guides, RowSums
 from .events import CanvasRow, Committed, Denoised, Event, NoReader, Reader
 from .noise import Noise
 from .run import Run, check_prompts
@@ -40,33 +43,38 @@ def generate(
     cache: PrefixCache | None = None,
     pause_at: int | None = None,
     reader: Reader | None = None,
+    constraint: Constraint | Sequence[Constraint | None] | None = None,
 ) -> Iterator[Event]:
     """Generate for B prompts of ids at once; a shorter one is padded on its left, as transformers does.
 
     A `cache` that already holds the first tokens of the (single) prompt saves encoding those, and is written to; one
     of the Prefilled events comes when it holds exactly `pause_at` tokens, so that the caller can fork it there.
-    `reader` fills in texts and results. Closing the iterator stops within a step.
+    `reader` fills in texts and results. Rows go on with texts of the `constraint` alone, one for all or one a row.
+    Closing the iterator stops within a step.
     Errors, before any work: PromptError for an empty prompt or one that leaves no room for a canvas, ConfigError for
-    a canvas longer than the model's.
+    a canvas longer than the model's, or a constraint that these settings cannot meet.
     With settings.decoding "autoregressive" the same events come from the causal pass (see autoregressive.py).
     """
     if settings.decoding == "autoregressive":
+        Guides(constraint, len(prompts)).check(settings, network.config.vocab_size, settings.max_tokens)
         return autoregressive.generate(
             network, prompts, settings, noise, cache=cache, pause_at=pause_at, reader=reader or NoReader()
         )
     length = settings.canvas_length or network.config.canvas_length
     canvases = count_canvases(network, prompts, settings, length)
-    run = _Run(length, network, prompts, settings, noise, reader or NoReader(), length, cache)
+    guides = Guides(constraint, len(prompts))
+    guides.check(settings, network.config.vocab_size, min(settings.max_tokens, canvases * length))
+    run = _Run(length, guides, network, prompts, settings, noise, reader or NoReader(), length, cache)
     run.cache.reserve(run.padded.shape[1] + (canvases - 1) * length)
     return run.events(canvases, pause_at)
 
 
-def check(network: Network, prompts: list[list[int]], settings: GenerationConfig) -> None:
-    """Whether `generate` would begin. Errors: as it has them."""
+def check(network: Network, prompts: list[list[int]], settings: GenerationConfig) -> int:
+    """The most tokens that a row can get. Errors: as `generate` has them."""
     if settings.decoding == "autoregressive":
-        autoregressive.count_tokens(network, prompts, settings)
-    else:
-        count_canvases(network, prompts, settings, settings.canvas_length or network.config.canvas_length)
+        return autoregressive.count_tokens(network, prompts, settings)
+    length = settings.canvas_length or network.config.canvas_length
+    return min(settings.max_tokens, count_canvases(network, prompts, settings, length) * length)
 
 
 def room(settings: GenerationConfig, canvas_length: int) -> int:
@@ -86,18 +94,20 @@ def count_canvases(network: Network, prompts: list[list[int]], settings: Generat
 class _Run(Run):
     """One run of canvases of `length`."""
 
-    def __init__(self, length: int, *args: Any):
+    def __init__(self, length: int, guides: Guides, *args: Any):
         super().__init__(*args)
-        self.length = length
+        self.length, self.guides = length, guides
 
     def events(self, canvases: int, pause_at: int | None) -> Iterator[Event]:
         yield from self.timed("prefill", self.prefill(pause_at))  # 1
         for index in range(canvases):
             best = mx.zeros((len(self.rows), self.length), mx.int32)
             trace = _Trace([not row.reason for row in self.rows])
-            canvas = _Canvas(
-                self.network, self.cache, self.settings, self.noise, index, trace.running, self.reader
-            )  # 2
+            budget = (canvases - index) * self.length
+            guides = self.guides.of_canvas([0 if row.reason else min(row.left, budget) for row in self.rows])
+            canvas = _Canvas(  # 2
+                self.network, self.cache, self.settings, self.noise, index, trace.running, self.reader, guides
+            )
             for event in self.timed("denoise", canvas.steps()):  # 3 – 7
                 trace.add(event)
                 best = event.best
@@ -114,7 +124,8 @@ class _Run(Run):
     def _commit(self, index: int, best: mx.array, trace: "_Trace", canvas: "_Canvas", *, last: bool) -> Committed:
         """The best tokens [B, L] become each row's ids and text; with scores, behind the pass that commits them."""
         kept: list[tuple[int, ...]] = []
-        for row, ids in zip(self.rows, np.array(best).tolist(), strict=True):
+        for number, (row, ids) in enumerate(zip(self.rows, np.array(best).tolist(), strict=True)):
+            self.guides.advance(number, ids)
             kept.append(row.keep(ids, self.settings, last=last) if not row.reason else ())
         runs = [(row, trace.running[number]) for number, row in enumerate(self.rows)]
         scores: list[dict[str, Any]] = [{} for _ in runs]
@@ -126,7 +137,7 @@ class _Run(Run):
         for number, (row, on) in enumerate(runs):
             ids, reason = kept[number], row.reason if on else ""
             text, thinking = self.reader.read(number, ids, last=bool(reason)) if on else ("", "")
-            told_of = {**trace.row(number), **scores[number]}
+            told_of = {**trace.row(number), **scores[number], "log_probability": canvas.log_probabilities[number]}
             made = CanvasRow(ids=ids, reason=reason, text=text, thinking=thinking, **told_of)
             row.canvases += [made] if made.steps else []
             committed.append(made)
@@ -166,9 +177,11 @@ class _Canvas:
         index: int,
         running: list[bool],
         reader: Reader,
+        guides: list[Guide | None],
     ):
         self.network, self.cache, self.settings, self.noise, self.index = network, cache, settings, noise, index
-        self.reader = reader
+        self.reader, self.guides = reader, guides
+        self.log_probabilities: list[float | None] = [None] * len(guides)  # under a constraint, once a row is over
         self.canvas = noise.canvas(index)  # [B, L]
         self.signal: mx.array | None = None  # [B, L, H]; None is the zero signal of step 0
         self.best = self.canvas
@@ -185,21 +198,50 @@ class _Canvas:
             shaping = self._shaping(step)
             hidden = self.network.denoise(self.canvas, self.cache, self.signal)  # 3: [B, L, H]
             dense = self._signal_is_dense(step)
-            sums = vocabulary.walk(hidden, table, shaping, with_signal=dense, tuning=tuning)  # 4
-            reading = sums.read(None if settings.greedy else self.noise.draws(self.index, step))
+            sums = conditioned.walk(  # 4
+                hidden,
+                table,
+                shaping,
+                self.guides,
+                with_signal=dense,
+                free_signal=settings.free_signal,
+                tuning=tuning,
+            )
+            reading = sums.read(*self._draws(step))
             accepted = sampler.accept(reading.entropy, settings.entropy_bound)  # 5
             self._advance(reading, accepted, step)  # 6, 7
             unsure = vocabulary.soft_rows(reading, table) & ~self.done[:, None]
             lazy = [self.canvas, self.best, self.entropy, accepted, unsure, *([reading.signal] if dense else [])]
             mx.async_eval(*lazy)
-            event = self._event(step, float(shaping.temperature), reading.guess, accepted)
+            event = self._event(step, float(shaping.temperature), reading.guess, accepted, sums.pinned)
+            self._note(sums, event)
             yield event
             if all(event.settled):
                 return
-            rows = np.flatnonzero(np.array(unsure))
-            self.unsure_count, self.signal = len(rows), reading.signal
+            where = np.array(unsure)
+            self.unsure_count, self.signal = int(where.sum()), reading.signal
             if self.signal is None:
-                self.signal = vocabulary.sparse_signal(sums, reading.best, mx.array(rows), tuning=tuning)
+                self.signal = sums.sparse_signal(where, tuning=tuning)
+
+    def _draws(self, step: int) -> tuple[mx.array | None, mx.array | None]:
+        """The numbers that the guess is drawn at: none if it is not drawn, and a path only under a constraint."""
+        if self.settings.greedy:
+            return None, None
+        path = self.noise.path(self.index, step) if any(self.guides) else None
+        return self.noise.draws(self.index, step), path
+
+    def _note(self, sums: RowSums, event: Denoised) -> None:
+        """How probable the constraints were, of rows that are over with this step."""
+        last = event.step + 1 == event.steps
+        over = [
+            row
+            for row, guide in enumerate(self.guides)
+            if guide and self.log_probabilities[row] is None and (last or event.settled[row])
+        ]
+        if over:
+            found = sums.log_probabilities()
+            for row in over:
+                self.log_probabilities[row] = found[row]
 
     def _shaping(self, step: int) -> vocabulary.Shaping:
         """How this step turns the head's scores into logits."""
@@ -244,7 +286,9 @@ class _Canvas:
         """Rows that are done keep the old value."""
         return mx.where(self.done.reshape(-1, *[1] * (new.ndim - 1)), old, new)
 
-    def _event(self, step: int, temperature: float, guess: mx.array, accepted: mx.array) -> Denoised:
+    def _event(
+        self, step: int, temperature: float, guess: mx.array, accepted: mx.array, pinned: mx.array | None
+    ) -> Denoised:
         """Waits for the step, and fetches its few numbers at once."""
         numbers = mx.stack([accepted.sum(axis=-1), self.entropy.mean(axis=-1), self.done, self.early])
         counts, means, settled, early = np.array(numbers).tolist()
@@ -268,6 +312,7 @@ class _Canvas:
             settled=tuple(map(bool, settled)),
             early=tuple(map(bool, early)) if self.settings.stable_answer else (),
             decode=self.reader.decode,
+            pinned=pinned,
         )
 
 

@@ -16,7 +16,7 @@ MOST_LOGPROBS = 20  # of one place, as OpenAI's API has it
 # Options of one decoding alone: beside the other they would do nothing.
 OF_DIFFUSION = """
     max_denoising_steps t_min t_max entropy_bound stability_threshold confidence_threshold sparse_signal canvas_length
-    retries stable_answer
+    free_signal stable_answer retries
 """.split()
 OF_AUTOREGRESSIVE = "top_p top_k min_p".split()
 
@@ -40,6 +40,7 @@ class GenerationOptions(TypedDict, total=False):
     temperature: float
     greedy: bool
     avoid_empty: bool
+    free_signal: bool
     stable_answer: int | None
     decoding: Decoding
     top_p: float
@@ -76,6 +77,7 @@ class GenerationConfig:
     temperature: float = 1.0  # multiplies t_min and t_max; 0 is greedy, by the reference's temperatures
     greedy: bool = False  # the guess is the best token: no draw
     avoid_empty: bool = False  # no stop id at position 0 of the first canvas, in the signal too
+    free_signal: bool = False  # under a constraint the next step is shown the distribution without it
     stable_answer: int | None = None  # steps without a change of the answer, up to a stop id, that end a canvas
     # Token by token instead: the causal pass of the same weights. `temperature`, `greedy` and `avoid_empty` apply.
     decoding: Decoding = "diffusion"
@@ -186,7 +188,8 @@ class GenerationConfig:
     def departures(self) -> dict[str, Any]:
         """The options in force that make a run differ from the reference algorithm; autoregressive: from the plain draw
         of every token by its probability, without those that say how tokens are drawn."""
-        names = ["canvas_length", "temperature", "greedy", "avoid_empty", "stable_answer", "best_of", "retries"]
+        names = ["canvas_length", "temperature", "greedy", "avoid_empty", "free_signal", "stable_answer"]
+        names += ["best_of", "retries"]
         if self.decoding == "autoregressive":
             names = ["avoid_empty", "best_of"]
         return {name: value for name in names if (value := getattr(self, name)) != _default(name)}
@@ -217,6 +220,7 @@ OPTIONS = Table(
     Field("temperature", number(least=0, most=1000)),
     Field("greedy", flag),
     Field("avoid_empty", flag),
+    Field("free_signal", flag),
     Field("stable_answer", optional(integer(least=1, most=1_000_000))),
     Field("decoding", one_of(*get_args(Decoding))),
     Field("top_p", number(above=0, most=1)),
