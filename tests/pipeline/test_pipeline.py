@@ -176,7 +176,7 @@ def test_a_run_is_repeated_from_its_noise(model: DiffusionGemma, tmp_path: Path)
         ("Hi", {"seed": 1, "seeds": [1]}, PromptError, "seed and seeds"),
         (["a", "b"], {"seeds": [1]}, PromptError, "1 seeds for 2 prompts"),
         ("Hi", {"max_new_tokens": 3}, ConfigError, "Did you mean 'max_tokens'"),
-        ("Hi", {"top_p": 0.9}, ConfigError, "unknown generation option 'top_p'"),
+        ("Hi", {"top_p": 0.9}, ConfigError, "top_p would do nothing in diffusion"),
     ],
 )
 def test_what_cannot_be_done_is_refused(
