@@ -2,9 +2,9 @@
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
-from mlx_lm.models.switch_layers import SwitchLinear
 
 from ..config import ModelConfig
+from ..model.expert_linear import ExpertLinear
 from ..model.layers import Layer
 from ..model.network import Network, leaves
 from .objective import LOGITS, AllExperts
@@ -49,7 +49,7 @@ def prepare(network: Network, settings: Settings) -> None:
     for layer in network.decoder.layers:
         if not settings.train_router:
             layer.router.freeze()
-        plain = all(type(p) is SwitchLinear for p in (layer.experts.gate_up_proj, layer.experts.down_proj))
+        plain = all(type(p) is ExpertLinear for p in (layer.experts.gate_up_proj, layer.experts.down_proj))
         if plain and network.config.num_experts <= ALL_EXPERTS:
             layer.experts = AllExperts(layer.experts)
 
