@@ -5,10 +5,12 @@ knows events by their names, so that trees whose rooms lie elsewhere make the sa
 """
 
 import argparse
+import json
 import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ LONGER = "Sort these names:\n" + ", ".join(reversed(NAMES * 2))  # than the buil
 LONG = "Sort these names:\n" + ", ".join(reversed(NAMES * 4))
 TURNS = (SORT, TABLE, "Sort these names:\nLeo, Will, Eva")
 FLOATS = ("entropy", "mean_entropy")
-VOCABULARIES = {"built-in": 640, "restless": 640, "wide": 20_000}
+RANDOM = {"restless": 640, "wide": 20_000}  # models of random weights, and how many ids they have
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "steps-4": {"max_denoising_steps": 4},
@@ -38,92 +40,122 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "canvases-3": {"max_tokens": 130, "stop_ids": (2,)},  # <bos>, which is hardly ever written
 }
 CHUNKS = {"prefill_step_size": 32}
-SHORT = {"max_denoising_steps": 12}  # most random canvases never settle
+BRIEF = {"max_denoising_steps": 12, "max_tokens": 48}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One generation: a stream for one prompt, a batch for several, a conversation of turns."""
+    """A stream of one prompt, a batch of several, or a conversation."""
 
     model: str  # a folder
-    prompts: tuple[Any, ...]  # texts or lists of ids
+    prompts: tuple[Any, ...]  # texts or lists of ids; one of each turn, else one of each row
     settings: dict[str, Any] = field(default_factory=dict)
-    seed: int | None = None  # None: from recorded noise
+    seed: int = 0
+    recorded: bool = False  # the seed makes noise that no tree makes, and that is handed over
     turns: bool = False
-    trunk: str = "auto"
+    trunk: str | None = None
 
 
 def ids(length: int, model: str = "restless") -> list[int]:
     """A prompt of random ids."""
-    return np.random.default_rng(length).integers(0, VOCABULARIES[model], length).tolist()
+    return np.random.default_rng(length).integers(0, RANDOM[model], length).tolist()
 
 
-def _runs() -> Iterator[tuple[str, Run]]:
-    for number, (name, settings) in enumerate(SETTINGS.items()):
-        yield f"built-in/{name}", Run(model="built-in", prompts=(TABLE,), settings=settings, seed=number)
-        for model in ("restless", "wide"):
-            steps = SHORT | {"max_tokens": 48} | settings
-            yield f"{model}/{name}", Run(model=model, prompts=(ids(20, model),), settings=steps, seed=number)
-    whole = {"max_tokens": 48}
-    yield "restless/48-steps", Run(model="restless", prompts=(ids(20),), settings=whole)
-    for model in ("restless", "wide"):
+def _by_settings() -> Iterator[tuple[str, Run]]:
+    for seed, (name, settings) in enumerate(SETTINGS.items()):
+        yield f"built-in/{name}", Run(model="built-in", prompts=(TABLE,), settings=settings, seed=seed)
+        for model in RANDOM:
+            prompt, brief = ids(20, model), BRIEF | settings
+            yield f"{model}/{name}", Run(model=model, prompts=(prompt,), settings=brief, seed=seed, recorded=True)
+    yield "restless/48-steps", Run(model="restless", prompts=(ids(20),), settings={"max_tokens": 48}, seed=7)
+
+
+def _by_length() -> Iterator[tuple[str, Run]]:
+    """Prompts of one token, of the window, longer than it; whole and in chunks."""
+    for model in RANDOM:
         for length in (1, 64, 65, 150):
-            name, prompts = f"{model}/prompt-{length}", (ids(length, model),)
-            yield name, Run(model=model, prompts=prompts, settings=SHORT | whole)
+            whole = Run(model=model, prompts=(ids(length, model),), settings=BRIEF, seed=length, recorded=True)
+            yield f"{model}/prompt-{length}", whole
             if length > 64:
-                yield f"{name}-chunks", Run(model=model, prompts=prompts, settings=SHORT | whole | CHUNKS)
-    yield "built-in/long", Run(model="built-in", prompts=(LONG,))
+                yield f"{model}/prompt-{length}-chunks", replace(whole, settings=BRIEF | CHUNKS, recorded=False)
+    yield "built-in/long", Run(model="built-in", prompts=(LONG,), recorded=True)
     yield "built-in/long-chunks", Run(model="built-in", prompts=(LONG,), settings=CHUNKS, seed=5)
-    texts = (SORT, LONG, TABLE, SUDOKU)
+
+
+def _batches() -> Iterator[tuple[str, Run]]:
+    texts, lengths = (SORT, LONG, TABLE, SUDOKU), (30, 150, 9, 1)
     for rows in (2, 3, 4):
-        for model in VOCABULARIES:
-            lengths = (30, 150, 9, 1)[:rows]
-            prompts = texts[:rows] if model == "built-in" else tuple(ids(length, model) for length in lengths)
-            settings = {"max_tokens": 96} if model == "built-in" else SHORT | whole
-            yield f"{model}/batch-{rows}", Run(model=model, prompts=prompts, settings=settings, seed=rows)
-            yield f"{model}/batch-{rows}-noise", Run(model=model, prompts=prompts, settings=settings | CHUNKS)
+        batches = {model: tuple(ids(length, model) for length in lengths[:rows]) for model in RANDOM}
+        for model, prompts in (batches | {"built-in": texts[:rows]}).items():
+            seeded = Run(model=model, prompts=prompts, settings=BRIEF, seed=rows)
+            yield f"{model}/batch-{rows}", seeded
+            yield f"{model}/batch-{rows}-noise", replace(seeded, settings=BRIEF | CHUNKS, recorded=True)
+
+
+def _conversations() -> Iterator[tuple[str, Run]]:
     for name in ("defaults", "canvas-24", "stability-3", "dense-signal"):
         settings = {"max_tokens": 96} | SETTINGS[name]
-        yield f"built-in/chat-{name}", Run(model="built-in", prompts=TURNS, settings=settings, seed=3, turns=True)
-    yield "built-in/chat-noise", Run(model="built-in", prompts=TURNS, settings={"max_tokens": 96}, turns=True)
-    brief = {"max_tokens": 48, "max_denoising_steps": 4, "stability_threshold": 3}  # packed products are slow on a CPU
-    for recipe in ("q8", "q4", "q4-bf16-float32", "mxfp4", "q2"):
-        yield f"{recipe}/short", Run(model=recipe, prompts=(TABLE,), settings=brief, seed=1)
-        yield f"{recipe}/long", Run(model=recipe, prompts=(LONGER,), settings=brief)
-        yield f"{recipe}/batch-2", Run(model=recipe, prompts=(SORT, TABLE), settings=brief | {"max_denoising_steps": 2})
-    brief |= {"max_denoising_steps": 2}
-    yield "q4/chat", Run(model="q4", prompts=TURNS, settings=brief, seed=3, turns=True)
-    yield "q4-float32/trunk-bf16", Run(model="q4-float32", prompts=(LONGER,), settings=brief, seed=2, trunk="bf16")
+        seeded = Run(model="built-in", prompts=TURNS, settings=settings, seed=3, turns=True)
+        yield f"built-in/chat-{name}", seeded
+        if name == "defaults":
+            yield "built-in/chat-noise", replace(seeded, recorded=True)
 
 
-RUNS = dict(_runs())
+def _recipes() -> Iterator[tuple[str, Run]]:
+    """Packed products are slow on a CPU: few steps."""
+    four = {"max_tokens": 48, "max_denoising_steps": 4, "stability_threshold": 3}
+    two = four | {"max_denoising_steps": 2}
+    for model in ("q8", "q4", "q4-bf16-float32", "mxfp4", "q2"):
+        yield f"{model}/short", Run(model=model, prompts=(TABLE,), settings=four, seed=1)
+        yield f"{model}/long", Run(model=model, prompts=(LONGER,), settings=four, recorded=True)
+        yield f"{model}/batch-2", Run(model=model, prompts=(SORT, TABLE), settings=two, recorded=True)
+    yield "q4/chat", Run(model="q4", prompts=TURNS, settings=two, seed=3, turns=True)
+    yield "q4-float32/trunk-bf16", Run(model="q4-float32", prompts=(LONGER,), settings=two, seed=2, trunk="bf16")
+
+
+RUNS = dict(chain(_by_settings(), _by_length(), _batches(), _conversations(), _recipes()))
 
 
 class Noise:
-    """Noise that no tree makes: it follows from purpose, canvas and step alone."""
+    """Noise that no tree makes: it follows from a seed, purpose, canvas and step alone."""
 
-    def __init__(self, rows: int, length: int, vocabulary: int):
-        self.shape, self.vocabulary = (rows, length), vocabulary
+    def __init__(self, seed: int, rows: int, length: int, vocabulary: int):
+        self.seed, self.shape, self.vocabulary = seed, (rows, length), vocabulary
 
     def canvas(self, canvas: int) -> mx.array:
         return self._ids(0, canvas, 0)
 
     def draws(self, canvas: int, step: int) -> mx.array:
-        return mx.array(np.random.default_rng([1, canvas, step]).random(self.shape, np.float32))
+        return mx.array(np.random.default_rng([self.seed, 1, canvas, step]).random(self.shape, np.float32))
 
     def ids(self, canvas: int, step: int) -> mx.array:
         return self._ids(2, canvas, step)
 
     def _ids(self, *address: int) -> mx.array:
-        return mx.array(np.random.default_rng(address).integers(0, self.vocabulary, self.shape, np.int32))
+        return mx.array(np.random.default_rng([self.seed, *address]).integers(0, self.vocabulary, self.shape, np.int32))
+
+
+class Moved(Noise):
+    """The same noise, but for one draw of row 0, which is moved by `by`."""
+
+    def __init__(self, noise: Noise, address: tuple[int, int, int], by: float):
+        super().__init__(noise.seed, *noise.shape, noise.vocabulary)
+        self.address, self.by = address, by
+
+    def draws(self, canvas: int, step: int) -> mx.array:
+        draws = np.array(super().draws(canvas, step))
+        if (canvas, step) == self.address[:2]:
+            place = (0, self.address[2])
+            draws[place] = np.clip(draws[place] + self.by, 0, np.nextafter(np.float32(1), np.float32(0)))
+        return mx.array(draws)
 
 
 Record = tuple[str, dict[str, np.ndarray]]  # where in the run, and what was there
 
 
 @cache
-def model(folder: Path, trunk: str) -> Any:
-    options: Any = {} if trunk == "auto" else {"trunk": trunk}
+def model(folder: Path, trunk: str | None) -> Any:
+    options: Any = {"trunk": trunk} if trunk else {}
     return mlx_diffgemma.load(folder, **options)
 
 
@@ -132,9 +164,8 @@ def records(run: Run, models: Path) -> Iterator[Record]:
     loaded = model(models / run.model, run.trunk)
     options = dict(run.settings)
     rows = 1 if run.turns else len(run.prompts)
-    if run.seed is None:
-        length = run.settings.get("canvas_length") or loaded.config.canvas_length
-        options["noise"] = Noise(rows, length, loaded.config.vocab_size)
+    if run.recorded:
+        options["noise"] = noise(run, loaded, rows)
     elif rows == 1:
         options["seed"] = run.seed
     else:
@@ -150,17 +181,51 @@ def records(run: Run, models: Path) -> Iterator[Record]:
             yield from _answer(result, f"row {row}, ")
 
 
-def _stream(events: Any, where: str = "") -> Iterator[Record]:
-    committed = 0  # canvases: the field that counts them has had two names
+def noise(run: Run, loaded: Any, rows: int) -> Noise:
+    return Noise(
+        run.seed, rows, run.settings.get("canvas_length") or loaded.config.canvas_length, loaded.config.vocab_size
+    )
+
+
+def distance(run: Run, models: Path, address: tuple[int, int, int], target: int) -> float:
+    """How far at most the draw of one guess (canvas, step, position) is from one that gives the id `target`, to a
+    factor of 2; the guess follows the draw in the order of the ids. A probability; infinite for an id that no draw
+    reaches."""
+    loaded = model(models / run.model, run.trunk)
+    own = noise(run, loaded, 1)
+    known = guess(loaded, run, own, address)
+    by = 2.0**-25 if known < target else -(2.0**-25)
+    while abs(by) <= 1:
+        reached = guess(loaded, run, Moved(own, address, by), address)
+        if (reached >= target) if by > 0 else (reached <= target):
+            return abs(by)
+        by *= 2
+    return float("inf")
+
+
+def guess(loaded: Any, run: Run, noise: Noise, address: tuple[int, int, int]) -> int:
+    """The guess of one step at one position."""
+    canvas, step, position = address
+    events = loaded.stream(run.prompts[0], **run.settings, noise=noise)
+    found = next(event for index, event in _canvases(events) if (index, getattr(event, "step", -1)) == (canvas, step))
+    events.close()
+    return int(np.array(found.guess)[0, position])
+
+
+def _canvases(events: Any) -> Iterator[tuple[int, Any]]:
+    """Each event with the canvas it belongs to, counted here: the field that says so has had two names."""
+    committed = 0
     for event in events:
+        yield committed, event
+        committed += type(event).__name__ == "Committed"
+
+
+def _stream(events: Any, where: str = "") -> Iterator[Record]:
+    names = ("best", "guess", "accepted", "entropy", "settled")
+    for canvas, event in _canvases(events):
         if type(event).__name__ == "Denoised":
-            names = ("best", "guess", "accepted", "entropy", "settled")
-            yield (
-                f"{where}canvas {committed}, step {event.step}",
-                {name: np.array(getattr(event, name)) for name in names},
-            )
-        elif type(event).__name__ == "Committed":
-            committed += 1
+            place = f"{where}canvas {canvas}, step {event.step}"
+            yield place, {name: np.array(getattr(event, name)) for name in names}
         elif type(event).__name__ == "Finished":
             yield from _answer(event.result, where)
 
@@ -180,19 +245,25 @@ def main() -> None:
     parser.add_argument("--tree", type=Path, required=True, help="where mlx_diffgemma must come from")
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("runs", nargs="+")
+    parser.add_argument("--asked", type=Path, required=True, help="JSON: names of runs, and distances")
     arguments = parser.parse_args()
     found = Path(mlx_diffgemma.__file__).resolve()
     if not found.is_relative_to(arguments.tree.resolve()):
         raise SystemExit(f"mlx_diffgemma comes from {found}, expected {arguments.tree}.")
-    made: dict[str, list[Record] | str] = {}
+    asked, models = json.loads(arguments.asked.read_text()), arguments.models
+    if "runs" in asked:
+        answer: Any = {name: attempt(RUNS[name], models) for name in asked["runs"]}
+    else:
+        answer = [distance(RUNS[name], models, tuple(address), target) for name, address, target in asked["distances"]]
+    arguments.out.write_bytes(pickle.dumps(answer))
 
-    for name in arguments.runs:
-        try:
-            made[name] = list(records(RUNS[name], arguments.models))
-        except Exception as error:  # told from a difference, and no reason to lose the other runs
-            made[name] = f"{type(error).__name__}: {error}"
-    arguments.out.write_bytes(pickle.dumps(made))
+
+def attempt(run: Run, models: Path) -> list[Record] | str:
+    """A run's records, or why there are none: an error is no reason to lose the other runs."""
+    try:
+        return list(records(run, models))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

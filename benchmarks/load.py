@@ -56,7 +56,7 @@ OURS = """
 from mlx_diffgemma import load
 seconds["import"] = time.perf_counter() - begun
 from mlx_diffgemma.pipeline import loading
-timed(loading.weights, "load_network", "model")
+timed(loading.weights, "filled", "model")
 timed(loading.Tokenizer, "load", "tokenizer")
 """
 THEIRS = """

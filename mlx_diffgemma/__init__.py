@@ -27,6 +27,14 @@ if TYPE_CHECKING:
     from .pipeline.loading import load as load
     from .pipeline.model import DiffusionGemma as DiffusionGemma
     from .pipeline.results import Result as Result
+    from .text.language.automaton import Language as Language
+    from .text.language.regex import regex as regex
+    from .text.language.texts import Hole as Hole
+    from .text.language.texts import choices as choices
+    from .text.language.texts import free_text as free_text
+    from .text.language.texts import literal as literal
+    from .text.language.values import any_json as any_json
+    from .text.language.values import json_schema as json_schema
 
 _ERRORS = """
     DiffGemmaError BusyError CheckpointError ConfigError MemoryLimitError NoiseError PromptError TokenizerError
@@ -39,6 +47,11 @@ _HOME = {
     "Chat": "pipeline.chat",
     "Result": "pipeline.results",
     "GenerationConfig": "generation.settings",
+    "Language": "text.language.automaton",
+    "any_json": "text.language.values",
+    "json_schema": "text.language.values",
+    "regex": "text.language.regex",
+    **dict.fromkeys("Hole choices free_text literal".split(), "text.language.texts"),
     **dict.fromkeys(_EVENTS, "generation.events"),
     **dict.fromkeys(_ERRORS, "errors"),
 }

@@ -30,6 +30,8 @@ COMMANDS = {
     "generate": "Write a reply to a prompt, and watch the canvas settle.",
     "chat": "Talk with the model.",
     "convert": "Turn the released checkpoint into an MLX pack that fits.",
+    "edit": "Write some lines of a file anew.",
+    "decide": "Weigh the possible answers to a question, without writing one.",
     "check": "Check this installation and a model against the recorded reference.",
     "bench": "Measure this machine; compare two measurements.",
     "train": "Fine-tune with LoRA or in full, by the denoising objective.",
@@ -249,7 +251,7 @@ _LOADING: dict[str, dict[str, Any]] = {
 
 def model_options(function: Callable[..., None]) -> Callable[..., None]:
     """What `open_model` takes, handed over as one dict `source` that holds what the user set and nothing else."""
-    return _gathered(function, "source", _LOADING, {"adapter": ["--adapter-path"]})
+    return gathered(function, "source", _LOADING, {"adapter": ["--adapter-path"]})
 
 
 def open_model(source: dict[str, Any], *, quiet: bool = False) -> "DiffusionGemma":
@@ -340,7 +342,7 @@ def generation_options(function: Callable[..., None]) -> Callable[..., None]:
 
     Without them the checkpoint's generation_config.json decides, and where that is silent, the reference.
     """
-    return _gathered(function, "options", _GENERATION, _SPELLINGS)
+    return gathered(function, "options", _GENERATION, _SPELLINGS)
 
 
 def run_options(model: "DiffusionGemma", options: dict[str, Any]) -> dict[str, Any]:
@@ -361,7 +363,7 @@ def run_options(model: "DiffusionGemma", options: dict[str, Any]) -> dict[str, A
     return options | ({"stop_ids": tuple(stop_ids)} if extra else {})
 
 
-def _gathered(
+def gathered(
     function: Callable[..., None], argument: str, table: dict[str, dict[str, Any]], also: dict[str, list[str]]
 ) -> Callable[..., None]:
     """Add the options of `table` to a command; their values arrive together in one dict. `also`: other spellings."""

@@ -12,6 +12,7 @@ import click
 from .cli import Number, Option, command, generation_options, model_options, open_model, run_options
 from .disk import existing_file, new_file, reason
 from .errors import PromptError
+from .obeying import Obeying, obeying_options
 from .readers import decoded, parse_json, read_bytes
 
 if TYPE_CHECKING:
@@ -49,10 +50,12 @@ _offline_option = partial(click.option, cls=Option, section="A file of prompts")
 @_offline_option("--output", metavar="FILE.jsonl", help="The replies, a line each; a killed run goes on from here.")
 @_offline_option("--batch-size", type=click.IntRange(1), metavar="N", help="Prompts at a time.  [default: 8]")
 @click.option("-q", "--quiet", is_flag=True, help="Print the reply and nothing else.")
+@obeying_options
 @generation_options
 def main(
     source: dict[str, Any],
     options: dict[str, Any],
+    obeying: dict[str, Any],
     text: str | None,
     prompt: str | None,
     input_file: str | None,
@@ -68,12 +71,15 @@ def main(
     if input_file is not None:
         if output is None:
             raise click.UsageError("--input needs --output: where the replies go.")
+        if obeying:
+            name = next(iter(obeying)).replace("_", "-")
+            raise click.UsageError(f"--{name} is for a single prompt: with --input it would do nothing.")
         Offline(source=source, options=options, **_for_a_file(wanted)).run(input_file, output, batch_size)
         return
     for name, value in (("--output", output), ("--batch-size", batch_size)):
         if value is not None:
             raise click.UsageError(f"{name} goes with --input: it would do nothing.")
-    Reply(source=source, options=options, **wanted).give()
+    Reply(source=source, options=options, obeying=Obeying(**obeying), **wanted).give()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +89,7 @@ class Reply:
 
     source: dict[str, Any]
     options: dict[str, Any]
+    obeying: Obeying
     prompt: str | None
     messages: str | None
     system_prompt: str | None
@@ -114,15 +121,17 @@ class Reply:
     def give(self) -> None:
         asked = self._asked()
         recording = self._recording()  # before the model is loaded: it refuses bad names
-        if asked is None and self.talkative and not (self.noise or self.save_noise):
+        filling = self.obeying.is_filling
+        self.obeying.check()
+        if asked is None and not filling and self.talkative and not (self.noise or self.save_noise):
             Demo(self, recording).show()
             return
         model = open_model(self.source, quiet=not self.talkative)
-        if asked is None:
+        if asked is None and not filling:
             from .terminal.scenes import SUDOKU
 
             asked = [{"role": "user", "content": SUDOKU.prompt}]
-        if recording:
+        if recording and asked:
             recording.commit(_shown(asked[-1]) + "\n\n")
         request, pace = self.request(model, asked), self._pace()
         recorder = request.record() if self.save_noise else None
@@ -133,14 +142,15 @@ class Reply:
             recorder.save(file, prompt=asked, settings=settings, seed=result.seed, tuning=tuning)
         self._conclude(result)
 
-    def request(self, model: "DiffusionGemma", asked: "list[Message]", **options: Any) -> "Request":
+    def request(self, model: "DiffusionGemma", asked: "list[Message] | None", **options: Any) -> "Request":
         """The run for these messages, checked."""
         from .generation.noise import RecordedNoise
 
-        chosen: dict[str, Any] = {**options, **run_options(model, self.options), "enable_thinking": self.thinking}
+        chosen: dict[str, Any] = {**options, **run_options(model, self.options)}
         if self.noise is not None:
             chosen["noise"] = RecordedNoise.load(existing_file(self.noise, "--noise"))
-        return model.prepare(asked, sanitize_control_tokens=self.sanitize_control_tokens, **chosen)
+        template = {"enable_thinking": self.thinking, "sanitize_control_tokens": self.sanitize_control_tokens}
+        return self.obeying.request(model, asked, template=template, run_options=chosen)
 
     def run(self, model: "DiffusionGemma", request: "Request", pace: "Pace", recording: "Recording | None") -> "Result":
         """Generate, and show it."""
@@ -187,7 +197,8 @@ class Reply:
         prompt = self.prompt
         if prompt is None and self.messages is None:
             prompt = _piped()
-            if prompt is None and "model" not in self.source and self.system_prompt is None:
+            demo = "model" not in self.source or self.obeying.is_filling
+            if prompt is None and demo and self.system_prompt is None:
                 return None
         return conversation(prompt, self.messages, self.system_prompt)
 

@@ -16,7 +16,7 @@ Source: transformers DiffusionGemmaGenerationMixin.generate.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +28,9 @@ from ..errors import CheckpointError, ConfigError, PromptError
 from ..model.cache import PrefixCache
 from ..model.network import Network
 from . import sampler, vocabulary
+from .constraint import conditioned
+from .constraint.automaton import Constraint
+from .constraint.conditioned import Guide, Guides, RowSums
 from .events import CanvasRow, Committed, Denoised, Event, Finished, NoReader, Prefilled, Reader, Statistics
 from .noise import Noise
 from .settings import GenerationConfig
@@ -42,18 +45,22 @@ def generate(
     cache: PrefixCache | None = None,
     pause_at: int | None = None,
     reader: Reader | None = None,
+    constraint: Constraint | Sequence[Constraint | None] | None = None,
 ) -> Iterator[Event]:
     """Generate for B prompts of ids at once; a shorter one is padded on its left, as transformers does.
 
     A `cache` that already holds the first tokens of the (single) prompt saves encoding those, and is written to; one
     of the Prefilled events comes when it holds exactly `pause_at` tokens, so that the caller can fork it there.
-    `reader` fills in texts and results. Closing the iterator stops within a step.
+    `reader` fills in texts and results. Rows go on with texts of the `constraint` alone, one for all or one a row.
+    Closing the iterator stops within a step.
     Errors, before any work: PromptError for an empty prompt or one that leaves no room for a canvas, ConfigError for
-    a canvas longer than the model's.
+    a canvas longer than the model's, or a constraint that these settings cannot meet.
     """
     length = settings.canvas_length or network.config.canvas_length
     canvases = count_canvases(network, prompts, settings, length)
-    run = _Run(network, prompts, settings, noise, reader or NoReader(), length, cache)
+    guides = Guides(constraint, len(prompts))
+    guides.check(settings, network.config.vocab_size, min(settings.max_tokens, canvases * length))
+    run = _Run(network, prompts, settings, noise, reader or NoReader(), length, cache, guides)
     run.cache.reserve(run.padded.shape[1] + (canvases - 1) * length)
     return run.events(canvases, pause_at)
 
@@ -113,6 +120,7 @@ class _Run:
         reader: Reader,
         length: int,
         cache: PrefixCache | None,
+        guides: Guides,
     ):
         self.network, self.settings, self.noise, self.reader, self.length = network, settings, noise, reader, length
         longest = max(map(len, prompts))
@@ -128,6 +136,7 @@ class _Run:
         self.cache = cache or network.make_cache(len(prompts), padding, length)
         self.reused = self.cache.length
         self.rows = [_Row(left=settings.max_tokens) for _ in prompts]
+        self.guides = guides
         self.steps = 0
         self.seconds = {"prefill": 0.0, "denoise": 0.0, "commit": 0.0}
 
@@ -136,15 +145,17 @@ class _Run:
         for index in range(canvases):
             best = mx.zeros((len(self.rows), self.length), mx.int32)
             trace = _Trace([not row.reason for row in self.rows])
-            canvas = _Canvas(
-                self.network, self.cache, self.settings, self.noise, index, trace.running, self.reader
-            )  # 2
+            budget = (canvases - index) * self.length
+            guides = self.guides.of_canvas([0 if row.reason else min(row.left, budget) for row in self.rows])
+            canvas = _Canvas(  # 2
+                self.network, self.cache, self.settings, self.noise, index, trace.running, self.reader, guides
+            )
             for event in self._timed("denoise", canvas.steps()):  # 3 – 7
                 trace.add(event)
                 best = event.best
                 self.steps += 1
                 yield event
-            yield self._commit(index, best, trace, last=index == canvases - 1)  # 8
+            yield self._commit(index, best, trace, canvas.log_probabilities, last=index == canvases - 1)  # 8
             if all(row.reason for row in self.rows):
                 break
             with self._clock("commit"):
@@ -163,13 +174,17 @@ class _Run:
             mx.eval(self.cache.state)
             yield Prefilled(tokens=end, total=total)
 
-    def _commit(self, index: int, best: mx.array, trace: "_Trace", *, last: bool) -> Committed:
+    def _commit(
+        self, index: int, best: mx.array, trace: "_Trace", log_probabilities: list[float | None], *, last: bool
+    ) -> Committed:
         """The best tokens [B, L] become each row's ids and text."""
         committed = []
         for number, (row, ids) in enumerate(zip(self.rows, np.array(best).tolist(), strict=True)):
+            self.guides.advance(number, ids)
             kept, reason = self._kept(row, ids, last=last) if not row.reason else ((), "")
             text, thinking = self.reader.read(number, kept, last=bool(reason)) if trace.running[number] else ("", "")
-            made = CanvasRow(ids=kept, reason=reason, text=text, thinking=thinking, **trace.row(number))
+            found = {"log_probability": log_probabilities[number], **trace.row(number)}
+            made = CanvasRow(ids=kept, reason=reason, text=text, thinking=thinking, **found)
             row.canvases += [made] if made.steps else []
             committed.append(made)
         return Committed(index=index, rows=tuple(committed))
@@ -239,9 +254,11 @@ class _Canvas:
         index: int,
         running: list[bool],
         reader: Reader,
+        guides: list[Guide | None],
     ):
         self.network, self.cache, self.settings, self.noise, self.index = network, cache, settings, noise, index
-        self.reader = reader
+        self.reader, self.guides = reader, guides
+        self.log_probabilities: list[float | None] = [None] * len(guides)  # under a constraint, once a row is over
         self.canvas = noise.canvas(index)  # [B, L]
         self.signal: mx.array | None = None  # [B, L, H]; None is the zero signal of step 0
         self.best = self.canvas
@@ -256,21 +273,50 @@ class _Canvas:
             shaping = self._shaping(step)
             hidden = self.network.denoise(self.canvas, self.cache, self.signal)  # 3: [B, L, H]
             dense = self._signal_is_dense(step)
-            sums = vocabulary.walk(hidden, table, shaping, with_signal=dense, tuning=tuning)  # 4
-            reading = sums.read(None if settings.greedy else self.noise.draws(self.index, step))
+            sums = conditioned.walk(  # 4
+                hidden,
+                table,
+                shaping,
+                self.guides,
+                with_signal=dense,
+                free_signal=settings.free_signal,
+                tuning=tuning,
+            )
+            reading = sums.read(*self._draws(step))
             accepted = sampler.accept(reading.entropy, settings.entropy_bound)  # 5
             self._advance(reading, accepted, step)  # 6, 7
             unsure = vocabulary.soft_rows(reading, table) & ~self.done[:, None]
             lazy = [self.canvas, self.best, self.entropy, accepted, unsure, *([reading.signal] if dense else [])]
             mx.async_eval(*lazy)
-            event = self._event(step, float(shaping.temperature), reading.guess, accepted)
+            event = self._event(step, float(shaping.temperature), reading.guess, accepted, sums.pinned)
+            self._note(sums, event)
             yield event
             if all(event.settled):
                 return
-            rows = np.flatnonzero(np.array(unsure))
-            self.unsure_count, self.signal = len(rows), reading.signal
+            where = np.array(unsure)
+            self.unsure_count, self.signal = int(where.sum()), reading.signal
             if self.signal is None:
-                self.signal = vocabulary.sparse_signal(sums, reading.best, mx.array(rows), tuning=tuning)
+                self.signal = sums.sparse_signal(where, tuning=tuning)
+
+    def _draws(self, step: int) -> tuple[mx.array | None, mx.array | None]:
+        """The numbers that the guess is drawn at: none if it is not drawn, and a path only under a constraint."""
+        if self.settings.greedy:
+            return None, None
+        path = self.noise.path(self.index, step) if any(self.guides) else None
+        return self.noise.draws(self.index, step), path
+
+    def _note(self, sums: RowSums, event: Denoised) -> None:
+        """How probable the constraints were, of rows that are over with this step."""
+        last = event.step + 1 == event.steps
+        over = [
+            row
+            for row, guide in enumerate(self.guides)
+            if guide and self.log_probabilities[row] is None and (last or event.settled[row])
+        ]
+        if over:
+            found = sums.log_probabilities()
+            for row in over:
+                self.log_probabilities[row] = found[row]
 
     def _shaping(self, step: int) -> vocabulary.Shaping:
         """How this step turns the head's scores into logits."""
@@ -307,7 +353,9 @@ class _Canvas:
         """Rows that are done keep the old value."""
         return mx.where(self.done.reshape(-1, *[1] * (new.ndim - 1)), old, new)
 
-    def _event(self, step: int, temperature: float, guess: mx.array, accepted: mx.array) -> Denoised:
+    def _event(
+        self, step: int, temperature: float, guess: mx.array, accepted: mx.array, pinned: mx.array | None
+    ) -> Denoised:
         """Waits for the step, and fetches its few numbers at once."""
         numbers = mx.stack([accepted.sum(axis=-1), self.entropy.mean(axis=-1), self.done])
         counts, means, settled = np.array(numbers).tolist()
@@ -330,6 +378,7 @@ class _Canvas:
             mean_entropy=tuple(means),
             settled=tuple(map(bool, settled)),
             decode=self.reader.decode,
+            pinned=pinned,
         )
 
 

@@ -38,6 +38,7 @@ class Denoised:
     accepted_count: tuple[int, ...]
     mean_entropy: tuple[float, ...]  # nats
     settled: tuple[bool, ...]
+    pinned: mx.array | None = None  # [B, L] bool: no choice was left there; None without a constraint
     decode: Decode = field(default=str, repr=False, compare=False)  # the run's reader's, for drawing
 
     def _repr_html_(self) -> str:
@@ -60,6 +61,7 @@ class CanvasRow:
     settled: bool
     mean_entropy: float  # nats, of the last step
     accepted_per_step: tuple[int, ...]
+    log_probability: float | None = None  # of going on with a text of the constraint, by the last step's distributions
     reason: str = ""  # "stop" or "length" when the row finished with this canvas
     text: str = ""  # what became visible, by the run's reader
     thinking: str = ""  # likewise, of the thoughts

@@ -1,5 +1,6 @@
 """Where randomness comes from. A run needs three things: the first canvas, one uniform draw per position and step
-(the guess inverts the distribution at it), and random ids for the positions that are renoised.
+(the guess inverts the distribution at it), and random ids for the positions that are renoised. Under a constraint it
+needs one draw more: the guess's path through the language.
 
 Random generators differ between frameworks and devices, so a run is repeated elsewhere from its recorded
 noise, not from its seed.
@@ -18,7 +19,8 @@ import numpy as np
 from ..disk import reason, replacing
 from ..errors import NoiseError
 
-CANVAS, DRAWS, IDS = range(3)
+CANVAS, DRAWS, IDS, PATH = range(4)
+NAMES = ("canvas", "draws", "ids", "path")  # in a file
 
 
 class Noise(Protocol):
@@ -36,6 +38,10 @@ class Noise(Protocol):
         """Fresh ids for the positions that are not accepted, int32 [B, L], uniform over the whole vocabulary."""
         ...
 
+    def path(self, index: int, step: int) -> mx.array:
+        """One number in [0, 1) per position, float32 [B, L]: under a constraint the guess's classes are drawn at it."""
+        ...
+
 
 class SeededNoise:
     """Noise from one seed per row (an integer, modulo 2**64): a row gets the same noise whatever batch it runs in.
@@ -50,10 +56,16 @@ class SeededNoise:
         return self._ids(CANVAS, index, 0)
 
     def draws(self, index: int, step: int) -> mx.array:
-        return mx.stack([mx.random.uniform(shape=(self.length,), key=k) for k in self._keys(DRAWS, index, step)])
+        return self._uniform(DRAWS, index, step)
 
     def ids(self, index: int, step: int) -> mx.array:
         return self._ids(IDS, index, step)
+
+    def path(self, index: int, step: int) -> mx.array:
+        return self._uniform(PATH, index, step)
+
+    def _uniform(self, *path: int) -> mx.array:
+        return mx.stack([mx.random.uniform(shape=(self.length,), key=key) for key in self._keys(*path)])
 
     def _ids(self, purpose: int, index: int, step: int) -> mx.array:
         keys = self._keys(purpose, index, step)
@@ -78,14 +90,24 @@ _WORDS = {"iu": "whole numbers", "f": "numbers with a fraction"}
 
 
 class RecordedNoise:
-    """Noise read from a recording: `canvas` [C, B, L], `draws` and `ids` [C, S, B, L] for C canvases, S steps."""
+    """Noise read from a recording: `canvas` [C, B, L], and `draws`, `ids` and, of a run under a constraint, `path`
+    [C, S, B, L] for C canvases, S steps."""
 
-    def __init__(self, canvas: np.ndarray, draws: np.ndarray, ids: np.ndarray, *, name: str = "the recording"):
-        self._canvas, self._draws, self._ids, self.name = canvas, draws, ids, name
-        if canvas.ndim != 3 or draws.shape != ids.shape or draws.shape[:1] + draws.shape[2:] != canvas.shape:
+    def __init__(
+        self,
+        canvas: np.ndarray,
+        draws: np.ndarray,
+        ids: np.ndarray,
+        path: np.ndarray | None = None,
+        *,
+        name: str = "the recording",
+    ):
+        self._canvas, self._draws, self._ids, self._path, self.name = canvas, draws, ids, path, name
+        alike = draws.shape == ids.shape and (path is None or path.shape == ids.shape)
+        if canvas.ndim != 3 or not alike or draws.shape[:1] + draws.shape[2:] != canvas.shape:
             raise NoiseError(
                 f"{name}: the shapes of the noise do not fit together: canvas {canvas.shape}, draws {draws.shape},"
-                f" ids {ids.shape}; expected [C, B, L] and twice [C, S, B, L]."
+                f" ids {ids.shape}{'' if path is None else f', path {path.shape}'}; expected [C, B, L], [C, S, B, L]."
             )
 
     @classmethod
@@ -95,7 +117,7 @@ class RecordedNoise:
             with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
                 if lacking := {"canvas", "draws", "ids"} - set(file.files):
                     raise NoiseError(f"{path} is no recording of noise: it has no {', '.join(sorted(lacking))}.")
-                return cls(file["canvas"], file["draws"], file["ids"], name=str(path))
+                return cls(file["canvas"], file["draws"], file["ids"], file.get("path"), name=str(path))
         except OSError as error:
             raise NoiseError(f"{path} cannot be read: {reason(error)}.") from error
         except (ValueError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -107,6 +129,7 @@ class RecordedNoise:
             ("canvas", self._canvas, "iu"),
             ("ids", self._ids, "iu"),
             ("draws", self._draws, "f"),
+            *([] if self._path is None else [("path", self._path, "f")]),
         ):
             if array.dtype.kind not in kinds:
                 raise NoiseError(f"{self.name}: {name} holds {array.dtype}, expected {_WORDS[kinds]}.")
@@ -139,6 +162,12 @@ class RecordedNoise:
         self._check(index, step)
         return mx.array(self._ids[index, step]).astype(mx.int32)
 
+    def path(self, index: int, step: int) -> mx.array:
+        self._check(index, step)
+        if self._path is None:
+            raise NoiseError(f"{self.name} was recorded without a constraint: it holds no paths through a language.")
+        return mx.array(self._path[index, step]).astype(mx.float32)
+
     def _check(self, index: int, step: int) -> None:
         canvases, steps = self._ids.shape[:2]
         if index >= canvases or step >= steps:
@@ -167,6 +196,9 @@ class NoiseRecorder:
     def ids(self, index: int, step: int) -> mx.array:
         return self._keep(IDS, index, step, self.noise.ids(index, step))
 
+    def path(self, index: int, step: int) -> mx.array:
+        return self._keep(PATH, index, step, self.noise.path(index, step))
+
     def _keep(self, purpose: int, index: int, step: int, array: mx.array) -> mx.array:
         self._steps[purpose, index, step] = np.array(array)
         return array
@@ -176,8 +208,10 @@ class NoiseRecorder:
         canvas = np.stack([self._canvases[c] for c in sorted(self._canvases)])
         steps = 1 + max(step for _, _, step in self._steps)
         shape = (canvas.shape[0], steps, *canvas.shape[1:])
-        draws, ids = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+        arrays = {"draws": np.zeros(shape, np.float32), "ids": np.zeros(shape, np.int32)}
+        if any(purpose == PATH for purpose, _, _ in self._steps):
+            arrays["path"] = np.zeros(shape, np.float32)
         for (purpose, c, step), array in self._steps.items():
-            (draws if purpose == DRAWS else ids)[c, step] = array
+            arrays[NAMES[purpose]][c, step] = array
         with replacing(path) as file:
-            np.savez_compressed(file, canvas=canvas, draws=draws, ids=ids, provenance=json.dumps(provenance))
+            np.savez_compressed(file, canvas=canvas, provenance=json.dumps(provenance), **arrays)

@@ -30,6 +30,7 @@ class GenerationOptions(TypedDict, total=False):
     temperature: float
     greedy: bool
     avoid_empty: bool
+    free_signal: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class GenerationConfig:
     temperature: float = 1.0  # multiplies t_min and t_max; 0 is greedy, by the reference's temperatures
     greedy: bool = False  # the guess is the best token: no draw
     avoid_empty: bool = False  # no stop id at position 0 of the first canvas, in the signal too
+    free_signal: bool = False  # under a constraint the next step is shown the distribution without it
 
     def __post_init__(self) -> None:
         for option in OPTIONS.fields:
@@ -109,9 +111,8 @@ class GenerationConfig:
     @property
     def departures(self) -> dict[str, Any]:
         """The options in force that make a run differ from the reference algorithm."""
-        at_rest = {"canvas_length": None, "temperature": 1.0, "greedy": False, "avoid_empty": False}
-        named = {name: getattr(self, name) for name in at_rest}
-        return {name: value for name, value in named.items() if value != at_rest[name]}
+        named = ("canvas_length", "temperature", "greedy", "avoid_empty", "free_signal")
+        return {name: value for name in named if (value := getattr(self, name)) != getattr(type(self), name)}
 
 
 # --------------------------------------------------------------------------------------------------- what is allowed
@@ -135,6 +136,7 @@ OPTIONS = Table(
     Field("temperature", number(least=0, most=1000)),
     Field("greedy", flag),
     Field("avoid_empty", flag),
+    Field("free_signal", flag),
 )
 _KINDS = {option.name: option.kind for option in OPTIONS.fields}
 RENAMED = {"max_new_tokens": "max_tokens"}  # the file's word → ours

@@ -22,7 +22,7 @@ from ..model.tuning import DEFAULT, Tuning
 PARTS = 4  # of the vocabulary: what streams and machines share
 FOLD = 8_192  # ids that are summed at once
 BLOCK = 256  # ids per entry of the first stage of sampling
-STREAMS = tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(2))  # see _lanes
+STREAMS = tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(2))  # see lanes
 LOWEST = -1e30  # stands for −∞ where ∞ − ∞ would be NaN
 HALF_UNIT = {mx.float32: 2**-25, mx.bfloat16: 2**-9, mx.float16: 2**-12}  # relative, just below 1
 
@@ -85,6 +85,10 @@ class Sums:
             signal=None if whole.soft is None else whole.signal().reshape(*grid, -1),
         )
 
+    def log_mass(self) -> mx.array:
+        """log Σ exp of the shaped logits, [B, L]."""
+        return (self.whole.maximum + mx.log(self.whole.mass)).reshape(self.hidden.shape[:2])
+
     def _invert(self, draws: mx.array) -> mx.array:
         """The ids [N] at which the cumulative distributions pass the draws [N]: first the block, then the id in it."""
         size = _block(self.table.weight.shape[0])
@@ -124,12 +128,12 @@ def sparse_signal(sums: Sums, best: mx.array, rows: mx.array, *, tuning: Tuning 
 def _walk(x: mx.array, table: Table, shaping: Shaping, with_signal: bool, tuning: Tuning) -> "_Run":
     """The sums for x [N, H]. Streams share the parts, and walk theirs in step with one another."""
     size = table.weight.shape[0]
-    lanes = _lanes(size, tuning)
+    streams = lanes(size, tuning)
     parts: list[_Run | None] = [None] * PARTS
-    for round_ in zip_longest(*(_tiles(size, tuning.tile, share) for share in _shares(len(lanes)))):
+    for round_ in zip_longest(*(_tiles(size, tuning.tile, share) for share in _shares(len(streams)))):
         # Wait for the round before: MLX would else compute every tile's logits first, and hold them all.
         before = [array for run in parts if run is not None for array in run.state]
-        for folds, stream in zip(round_, lanes, strict=True):
+        for folds, stream in zip(round_, streams, strict=True):
             if folds:
                 with mx.stream(stream):
                     _add(parts, mx.depends(x, before) if before else x, table, shaping, folds, with_signal)
@@ -180,7 +184,7 @@ def _shares(lanes: int) -> list[range]:
     return [range(PARTS * lane // lanes, PARTS * (lane + 1) // lanes) for lane in range(lanes)]
 
 
-def _lanes(vocabulary: int, tuning: Tuning) -> Sequence[mx.Stream | mx.ThreadLocalStream]:
+def lanes(vocabulary: int, tuning: Tuning) -> Sequence[mx.Stream | mx.ThreadLocalStream]:
     """The streams that share the parts: a CPU stream is one thread, a GPU works on everything at once."""
     device, streams = mx.default_device(), min(tuning.streams, len(STREAMS))
     if device.type == mx.cpu and streams > 1 and vocabulary >= streams * tuning.tile:

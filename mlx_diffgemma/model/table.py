@@ -44,14 +44,14 @@ def unpacked_dtype(module: nn.Module) -> mx.Dtype:
     return module.scales.dtype if module.mode == "affine" else mx.bfloat16
 
 
-def scores(x: mx.array, table: Table, ids: slice) -> mx.array:
+def scores(x: mx.array, table: Table, ids: slice | mx.array) -> mx.array:
     """x [N, H] times the rows `ids` of the table → [N, n]."""
     if isinstance(table, nn.QuantizedEmbedding):
         return mx.quantized_matmul(x, *_packed(table, ids), transpose=True, **_packing(table))
     return x @ table.weight[ids].T
 
 
-def mix(p: mx.array, table: Table, ids: slice) -> mx.array:
+def mix(p: mx.array, table: Table, ids: slice | mx.array) -> mx.array:
     """Weights p [..., n] over the rows `ids` of the table → their weighted sum [..., H]."""
     if isinstance(table, nn.QuantizedEmbedding):
         return mx.quantized_matmul(p, *_packed(table, ids), transpose=False, **_packing(table))
@@ -68,7 +68,7 @@ def block_scores(x: mx.array, table: Table, block: mx.array, size: int) -> mx.ar
     return mx.gather_mm(rows, weight.swapaxes(-1, -2), rhs_indices=block)[:, 0]
 
 
-def _packed(table: nn.QuantizedEmbedding, ids: slice) -> tuple[mx.array, mx.array, mx.array | None]:
+def _packed(table: nn.QuantizedEmbedding, ids: slice | mx.array) -> tuple[mx.array, mx.array, mx.array | None]:
     biases = table.get("biases")
     return table.weight[ids], table.scales[ids], None if biases is None else biases[ids]
 

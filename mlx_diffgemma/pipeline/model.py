@@ -3,14 +3,18 @@
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Unpack, cast, get_args
 
 import mlx.core as mx
 
 from ..config import ModelConfig
-from ..errors import BusyError, NoiseError, PromptError, TokenizerError
+from ..errors import BusyError, ConfigError, NoiseError, PromptError, TokenizerError
 from ..generation import engine
+from ..generation.constraint.automaton import Constraint
+from ..generation.constraint.conditioned import Guides
 from ..generation.events import Event, Finished, Prefilled
 from ..generation.noise import Noise, NoiseRecorder, RecordedNoise, SeededNoise
 from ..generation.settings import GenerationConfig, GenerationOptions
@@ -19,9 +23,16 @@ from ..model.cache import PrefixCache
 from ..model.memory import machine_limit, weight_bytes
 from ..model.network import Network
 from ..text.gate import Message, check_messages, check_text, check_tools
+from ..text.language.automaton import Language
+from ..text.language.texts import MARK, Hole
 from ..text.tokenizer import Tokenizer
 from ..values import flag, integer, many, optional, shown
+from . import deciding, filling
 from .chat import Chat
+from .constraints import Asked, Compiled, Compiler, timed
+from .deciding import Decision
+from .drafts import Draft
+from .filling import Start
 from .fitting import check_memory
 from .results import Answers, Result
 
@@ -50,12 +61,32 @@ class DiffusionGemma:
     def config(self) -> ModelConfig:
         return self.network.config
 
+    @cached_property
+    def compiler(self) -> Compiler:
+        """What turns languages into this model's constraints. Errors: TokenizerError."""
+        return Compiler(self.tokenizer, self.config.vocab_size)
+
     @property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer. Errors: TokenizerError when it ships none."""
         if self._tokenizer is None:
             return Tokenizer.load(self.folder or Path("."))  # raises, and says what is missing
         return self._tokenizer
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the model; MLX's cache of freed buffers is emptied at the end. Errors: BusyError while another does."""
+        if not self._lock.acquire(blocking=False):
+            raise BusyError(
+                "this model is generating already; a model serves one thread at a time.\n"
+                "Wait for it, close its stream, or give both prompts to one generate([…]) call."
+            )
+        threads.clear_at_the_end()
+        try:
+            yield
+        finally:
+            self._lock.release()
+            mx.clear_cache()
 
     def generate(
         self,
@@ -68,6 +99,11 @@ class DiffusionGemma:
         tools: list[dict[str, Any]] | None = None,
         template_options: dict[str, Any] | None = None,
         sanitize_control_tokens: bool = False,
+        constraint: Language | Sequence[Language | None] | None = None,
+        json_schema: Any = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
+        tool_choice: str | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Result | list[Result]:
         """Generate for one prompt (→ Result) or several at once (→ list of Results).
@@ -76,7 +112,11 @@ class DiffusionGemma:
         tokens in messages and tools are plain text. `options` are GenerationConfig's, `template_options` further
         variables of the chat template.
         A batch's `seeds` give each row the noise of its own single run; `seed` gives rows seed, seed + 1, …
-        Errors: ConfigError for an option that does not exist, PromptError, TokenizerError, BusyError.
+        What the answer may be: `constraint`, a language for all prompts or one (or None) each; or `json_schema` (a
+        dict, JSON text or a pydantic model), a `regex` for the whole answer, `choices`, or `tool_choice` ("required",
+        or the name of one of the `tools`). A thought before the answer stays free.
+        Errors: ConfigError for an option that does not exist or a constraint that cannot be met, PromptError,
+        TokenizerError, BusyError.
         """
         request = self.prepare(
             prompt,
@@ -87,6 +127,11 @@ class DiffusionGemma:
             tools=tools,
             template_options=template_options,
             sanitize_control_tokens=sanitize_control_tokens,
+            constraint=constraint,
+            json_schema=json_schema,
+            regex=regex,
+            choices=choices,
+            tool_choice=tool_choice,
             **options,
         )
         results = request.run()
@@ -102,6 +147,11 @@ class DiffusionGemma:
         tools: list[dict[str, Any]] | None = None,
         template_options: dict[str, Any] | None = None,
         sanitize_control_tokens: bool = False,
+        constraint: Language | Sequence[Language | None] | None = None,
+        json_schema: Any = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
+        tool_choice: str | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Iterator[Event]:
         """The events of one generation as they happen: Prefilled, Denoised after every step, Committed with the
@@ -115,6 +165,11 @@ class DiffusionGemma:
             tools=tools,
             template_options=template_options,
             sanitize_control_tokens=sanitize_control_tokens,
+            constraint=constraint,
+            json_schema=json_schema,
+            regex=regex,
+            choices=choices,
+            tool_choice=tool_choice,
             **options,
         )
         return request.events()
@@ -130,13 +185,171 @@ class DiffusionGemma:
         tools: list[dict[str, Any]] | None = None,
         template_options: dict[str, Any] | None = None,
         sanitize_control_tokens: bool = False,
+        constraint: Language | Sequence[Language | None] | None = None,
+        json_schema: Any = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
+        tool_choice: str | None = None,
         **options: Unpack[GenerationOptions],
     ) -> "Request":
         """Check everything that `generate` would, and run nothing yet. Errors: as `generate`, but for BusyError."""
         each = cast(list[Prompt], prompt if _is_batch(prompt) else [prompt])
         template: Any = {"enable_thinking": enable_thinking, "tools": tools, "template_options": template_options}
         prompts = [self.ids(p, sanitize_control_tokens=sanitize_control_tokens, **template) for p in each]
-        return Request(self, prompts, options, Randomness(seed=seed, seeds=seeds, noise=noise))
+        asked = Asked(
+            constraint=constraint,
+            json_schema=json_schema,
+            regex=regex,
+            choices=choices,
+            tool_choice=tool_choice,
+            tools=tools,
+        )
+        return Request(self, prompts, options, Randomness(seed=seed, seeds=seeds, noise=noise), asked)
+
+    def fill(
+        self,
+        text: str | None = None,
+        *,
+        mark: str = MARK,
+        holes: Sequence[Hole] = (),
+        prefix: str | None = None,
+        suffix: str | None = None,
+        prompt: str | None = None,
+        seed: int | None = None,
+        noise: Noise | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Result:
+        """Fill the holes of a text; what is around them stays byte for byte. → the whole text, and its `holes`.
+
+        Either a `text` with a `mark` at every hole, all of it on one canvas, and what may stand in the `holes`, one
+        each (none: anything); or the `prefix` and `suffix` of a cursor: the lines about it are on the canvas, the rest
+        is in the prompt. `prompt` says what is wanted, instead of the words that this package has for it.
+        Errors: as `generate`; PromptError for a text that one canvas does not hold.
+        """
+        request = self.prepare_fill(
+            text,
+            mark=mark,
+            holes=holes,
+            prefix=prefix,
+            suffix=suffix,
+            prompt=prompt,
+            seed=seed,
+            noise=noise,
+            **options,
+        )
+        return request.run()[0]
+
+    def prepare_fill(
+        self,
+        text: str | None = None,
+        *,
+        mark: str = MARK,
+        holes: Sequence[Hole] = (),
+        prefix: str | None = None,
+        suffix: str | None = None,
+        prompt: str | None = None,
+        seed: int | None = None,
+        noise: Noise | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> "Request":
+        """Check everything that `fill` would, and run nothing yet."""
+        task = filling.of_text(text, mark, holes) if prefix is suffix is None and text is not None else None
+        if task is None:
+            if text is not None or holes or (prefix is None and suffix is None):
+                raise ConfigError("fill takes a text with marks, or a prefix and a suffix: one of these.")
+            task = filling.of_cursor(prefix or "", suffix or "", self._canvas(options), self._count)
+        return self._filled(task, prompt or task.prompt, Randomness(seed=seed, noise=noise), options)
+
+    def edit(
+        self,
+        text: str,
+        *,
+        lines: tuple[int, int],
+        instruction: str,
+        start: Start = "noise",
+        seed: int | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Result:
+        """Write some lines (the first and the last, counted from 1) anew, by an instruction. → the whole text.
+
+        On the canvas those lines are free, as many lines around them as fit are pinned; all of the text is in the
+        prompt. `start`: the canvas begins as "noise", or, other than in the reference, with the "text" as it was.
+        Errors: as `generate`; PromptError for lines that are not there, or that one canvas does not hold.
+        """
+        return self.prepare_edit(text, lines=lines, instruction=instruction, start=start, seed=seed, **options).run()[0]
+
+    def prepare_edit(
+        self,
+        text: str,
+        *,
+        lines: tuple[int, int],
+        instruction: str,
+        start: Start = "noise",
+        seed: int | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> "Request":
+        """Check everything that `edit` would, and run nothing yet."""
+        task = filling.of_lines(text, lines, instruction, self._canvas(options), self._count)
+        request = self._filled(task, task.prompt, Randomness(seed=seed), options)
+        if start not in get_args(Start):
+            raise ConfigError(f"start is {start!r}, expected {' or '.join(map(repr, get_args(Start)))}.")
+        if start == "text":
+            request.start_from(self.tokenizer.encode(task.old))
+        return request
+
+    def decide(
+        self,
+        state: str,
+        questions: Any,
+        *,
+        template: str = deciding.TEMPLATE,
+        orders: bool = True,
+        calibrate: bool = False,
+        canvas_length: int | None = None,
+        seed: int = 0,
+    ) -> list[Decision]:
+        """How probable each label of some questions about a `state` is, in one pass: no answer is written.
+
+        Questions are a list, or an object by name, of {"type": "choice", "question": …, "choices": […]},
+        {"type": "bool", "question": …} or {"type": "score", "question": …, "scale": [1, 5]}. All cyclic `orders` of the
+        labels are asked as one batch and averaged. `calibrate` divides by what the labels get when the state says
+        nothing. `template` words the prompt from {state}, {question} and {labels}; the canvas is as long as the longest
+        label, or `canvas_length`.
+        Errors: ConfigError, PromptError, TokenizerError, MemoryLimitError, BusyError.
+        """
+        return deciding.decide(
+            self,
+            state,
+            questions,
+            template=template,
+            orders=orders,
+            calibrate=calibrate,
+            canvas_length=canvas_length,
+            seed=seed,
+        )
+
+    def _filled(
+        self, task: filling.Task, prompt: str, randomness: "Randomness", options: GenerationOptions
+    ) -> "Request":
+        length = self._canvas(options)
+        if (most := options.get("max_tokens", length)) > length:
+            raise ConfigError(f"max_tokens is {most}; what is filled in is one canvas of {length} tokens.")
+        pins = sum(map(self._count, task.draft.runs))
+        if pins > most:
+            raise PromptError(
+                f"what is to stay has {pins} tokens and must be on one canvas, which holds {most}.\n"
+                "Shorten the text, or give a prefix and a suffix: of those only the lines about the cursor are."
+            )
+        chosen: GenerationOptions = {**options, "max_tokens": most}
+        asked = Asked(constraint=task.draft.language())
+        return Request(self, [self.ids(prompt)], chosen, randomness, asked, task.draft)
+
+    def _canvas(self, options: GenerationOptions) -> int:
+        return options.get("canvas_length") or self.generation_config.canvas_length or self.config.canvas_length
+
+    def _count(self, text: str) -> int:
+        """Tokens of a text."""
+        return len(self.tokenizer.encode(text))
 
     def chat(self, system: str | None = None, **options: Any) -> Chat:
         """A conversation that prefills only what is new in each turn. `options` as in `generate`."""
@@ -217,14 +430,40 @@ class Request:
     """What was asked for, checked: `events` runs it, once."""
 
     def __init__(
-        self, model: DiffusionGemma, prompts: list[list[int]], options: GenerationOptions, randomness: Randomness
+        self,
+        model: DiffusionGemma,
+        prompts: list[list[int]],
+        options: GenerationOptions,
+        randomness: Randomness,
+        asked: Asked,
+        draft: Draft | None = None,
     ):
-        self.model, self.prompts = model, prompts
+        self.model, self.prompts, self.draft = model, prompts, draft
+        self.departures: dict[str, Any] = {}  # from the reference, besides those of the settings
         self.settings = self._settings(options)
         length = self.settings.canvas_length or model.config.canvas_length
-        engine.count_canvases(model.network, prompts, self.settings, length)
+        canvases = engine.count_canvases(model.network, prompts, self.settings, length)
+        self.constraints = self._compiled(asked)
+        guides = Guides(self._constraints, len(prompts))
+        guides.check(self.settings, model.config.vocab_size, min(self.settings.max_tokens, canvases * length))
         self.noise, self.seeds = randomness.of(len(prompts), length, model.config.vocab_size)
         self.check_memory()
+
+    def _compiled(self, asked: Asked) -> list[Compiled | None]:
+        languages, seconds = timed(asked, len(self.prompts))
+        if not any(languages):
+            return [None] * len(self.prompts)
+        compiler = self.model.compiler
+        rows = zip(languages, self.prompts, strict=True)
+        return [
+            language and compiler.compiled(language, prompt, self.settings, also=seconds) for language, prompt in rows
+        ]
+
+    @property
+    def _constraints(self) -> list[Constraint | None] | None:
+        """As the engine takes them."""
+        made = [compiled and compiled.constraint for compiled in self.constraints]
+        return made if any(made) else None
 
     def check_memory(self, *, forks: int = 0) -> None:
         """Errors: MemoryLimitError when the run does not fit beside so many forks of its prefix."""
@@ -252,14 +491,15 @@ class Request:
         Holds the model's lock while it runs. MLX's cache of freed buffers is emptied between the chunks of a prompt,
         whose buffers never fit the next, longer one, and at the end. Errors: BusyError.
         """
-        if not self.model._lock.acquire(blocking=False):
-            raise BusyError(
-                "this model is generating already; a model serves one thread at a time.\n"
-                "Wait for it, close its stream, or give both prompts to one generate([…]) call."
+        with self.model.alone():
+            reader = Answers(
+                self.model._tokenizer,
+                self.prompts,
+                self.seeds,
+                constraints=self.constraints,
+                draft=self.draft,
+                departures=self.departures,
             )
-        threads.clear_at_the_end()
-        try:
-            reader = Answers(self.model._tokenizer, self.prompts, self.seeds)
             for event in engine.generate(
                 self.model.network,
                 self.prompts,
@@ -268,13 +508,17 @@ class Request:
                 cache=cache,
                 pause_at=pause_at,
                 reader=reader,
+                constraint=self._constraints,
             ):
                 if isinstance(event, Prefilled) and event.tokens < event.total:
                     mx.clear_cache()
                 yield event
-        finally:
-            self.model._lock.release()
-            mx.clear_cache()
+
+    def start_from(self, ids: list[int]) -> None:
+        """Let the first canvas begin with `ids`, and not as noise; the statistics say so."""
+        stop_id, pad_id = self.settings.stop_ids[0], self.settings.pad_token_id
+        self.noise = filling.StartingFrom(self.noise, ids, stop_id=stop_id, pad_id=pad_id)
+        self.departures = {"start": "text"}
 
     def first_canvas(self, index: int) -> list[int]:
         """The ids that the first row's canvas `index` starts from: what can be shown of it before its first step."""

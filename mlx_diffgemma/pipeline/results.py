@@ -1,7 +1,7 @@
 """What a run gives people: text, thoughts and calls of every row, and the same as plain data."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -9,6 +9,8 @@ import mlx.core as mx
 from ..generation.drawing import Decode, text_html
 from ..generation.events import CanvasRow, Committed, Denoised, Event, Finished, Statistics
 from ..text.tokenizer import Tokenizer
+from .constraints import Compiled, Obeyed, obeyed
+from .drafts import Draft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,8 @@ class Result:
     canvases: tuple[CanvasRow, ...]
     statistics: Statistics  # of the whole run: in a batch, of all rows together
     seed: int | None  # None when the noise was recorded
+    constraint: Obeyed | None = None  # how it was held to its constraint, if there was one
+    holes: tuple[str, ...] | None = None  # what stands in the holes of a text that was filled in; `text` is all of it
 
     def _repr_html_(self) -> str:
         """The reply, in a notebook."""
@@ -34,12 +38,26 @@ class Result:
 class Answers:
     """A run's reader (see generation.events): ids → what every row has said so far."""
 
-    def __init__(self, tokenizer: Tokenizer | None, prompts: Sequence[list[int]], seeds: Sequence[int | None]):
-        self.seeds, self.tokenizer = seeds, tokenizer
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int | None],
+        *,
+        constraints: Sequence[Compiled | None] | None = None,
+        draft: Draft | None = None,
+        departures: dict[str, Any] | None = None,
+    ):
+        self.tokenizer, self.seeds, self.draft, self.departures = tokenizer, seeds, draft, departures or {}
+        self.constraints = constraints or [None] * len(prompts)
         self._answers = [_Answer(tokenizer, prompt) for prompt in prompts]
 
     def read(self, row: int, ids: tuple[int, ...], *, last: bool) -> tuple[str, str]:
-        return self._answers[row].read(ids, last=last)
+        first = not self._answers[row].tokens
+        text, thinking = self._answers[row].read(ids, last=last)
+        if self.draft:
+            text = self.draft.before * first + text + self.draft.after * last
+        return text, thinking
 
     def decode(self, ids: list[int]) -> str:
         return "".join(f"{i} " for i in ids) if self.tokenizer is None else self.tokenizer.decode(ids)
@@ -47,15 +65,18 @@ class Answers:
     def conclude(self, row: int, reason: str, canvases: tuple[CanvasRow, ...], statistics: Statistics) -> Result:
         answer = self._answers[row]
         text, thinking, calls = answer.parts()
+        made, draft = self.constraints[row], self.draft
         return Result(
-            text=text,
+            text=draft.whole(text) if draft else text,
             thinking=thinking,
             tool_calls=calls,
             tokens=tuple(answer.tokens),
             finish_reason=reason,
             canvases=canvases,
-            statistics=statistics,
+            statistics=replace(statistics, departures=statistics.departures | self.departures),
             seed=self.seeds[row],
+            constraint=obeyed(made, canvases) if made else None,
+            holes=draft.filled(text) if draft else None,
         )
 
 
@@ -89,16 +110,22 @@ class _Answer:
 
 def result_json(result: Result) -> dict[str, Any]:
     """Everything about a reply as plain data; seconds and bytes are in the names."""
-    return {
-        "text": result.text,
-        "thinking": result.thinking,
-        "tool_calls": result.tool_calls,
-        "ids": list(result.tokens),
-        "finish_reason": result.finish_reason,
-        "seed": result.seed,
-        "canvases": [_canvas_json(canvas) for canvas in result.canvases],
-        "statistics": statistics_json(result.statistics),
-    }
+    constrained = {"constraint": asdict(result.constraint)} if result.constraint else {}
+    filled = {"holes": list(result.holes)} if result.holes is not None else {}
+    return (
+        constrained
+        | filled
+        | {
+            "text": result.text,
+            "thinking": result.thinking,
+            "tool_calls": result.tool_calls,
+            "ids": list(result.tokens),
+            "finish_reason": result.finish_reason,
+            "seed": result.seed,
+            "canvases": [_canvas_json(canvas) for canvas in result.canvases],
+            "statistics": statistics_json(result.statistics),
+        }
+    )
 
 
 def statistics_json(statistics: Statistics) -> dict[str, Any]:
@@ -113,6 +140,8 @@ def event_json(event: Event, decode: Decode) -> dict[str, Any]:
         best = only_row(event.best)
         counted = {"canvas": event.index, "step": event.step, "steps": event.steps, "temperature": event.temperature}
         arrays = {"accepted": only_row(event.accepted), "entropy": only_row(event.entropy)}
+        if event.pinned is not None:
+            arrays["pinned"] = only_row(event.pinned)
         return kind | counted | {"settled": event.settled[0], "text": decode(best), "best": best} | arrays
     if isinstance(event, Committed):
         spoken = {"text": event.text, "thinking": event.thinking}

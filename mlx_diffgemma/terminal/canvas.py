@@ -18,6 +18,7 @@ NOISE = "·:∙;~+*-=^°'"
 STYLES = {
     "": ("", "", "#d8dee9"),
     "changed": ("1;32", "1", "#a3e635"),
+    "pinned": ("34", "4", "#6f9ce8"),  # a constraint leaves no choice there
     "likely": ("2", "2", "#a0a8b7"),
     "unsure": ("90", "2", "#6b7280"),
     "noise": ("2;90", "2", "#454c59"),
@@ -37,12 +38,22 @@ class Painter:
         """A new canvas begins: nothing has changed yet."""
         self.before = []
 
-    def cells(self, best: list[int], noise: list[int], accepted: list[bool], entropy: list[float]) -> list[Cell]:
-        """What was accepted is plain, what changed stands out, the rest fades with its entropy into noise."""
+    def cells(
+        self,
+        best: list[int],
+        noise: list[int],
+        accepted: list[bool],
+        entropy: list[float],
+        pinned: list[bool] | None = None,
+    ) -> list[Cell]:
+        """What was accepted is plain, what changed stands out, the rest fades with its entropy into noise; what is
+        pinned has a look of its own."""
         before = self.before or best
         cells: list[Cell] = []
         for i, glyphs in enumerate(self._pieces(best)):
-            if accepted[i] or entropy[i] < NOISY:
+            if pinned and pinned[i]:
+                cells += [(text, size, "pinned") for text, size in glyphs]
+            elif accepted[i] or entropy[i] < NOISY:
                 style = "" if accepted[i] else "likely" if entropy[i] < SURE else "unsure"
                 style = "changed" if best[i] != before[i] else style
                 cells += [(text, size, style) for text, size in glyphs]

@@ -161,7 +161,8 @@ class Live:
         arrays = (event.best, event.next_canvas, event.accepted, event.entropy)
         best, noise, accepted, entropy = map(only_row, arrays)
         begun = time.perf_counter()  # the arrays are here: what follows is the cost of drawing
-        self._show(self.painter.cells(best, noise, accepted, entropy), self._status(event))
+        pinned = None if event.pinned is None else only_row(event.pinned)
+        self._show(self.painter.cells(best, noise, accepted, entropy, pinned), self._status(event))
         self.cost = min(time.perf_counter() - begun, 2 * self.cost)  # a hiccup is not the rule
         self.due = begun + max(1 / FRAMES_PER_SECOND, self.cost / SHARE)
 
@@ -226,5 +227,9 @@ def summary(result: "Result") -> str:
         f"peak {s.peak_memory_bytes / 1e9:.2f} GB",
         f"seed {result.seed}",
     ]
+    if result.constraint:
+        obeyed = result.constraint
+        parts.append(f"obeyed, log Z {obeyed.log_probability:.2f}, {obeyed.states} states, {obeyed.classes} classes")
+        parts += [f"compiled in {obeyed.compile_seconds:.2f} s", *obeyed.notes]
     departures = [f"not the reference: {name}={value}" for name, value in s.departures.items()]
     return " · ".join(parts + departures + ["stopped at --max-tokens"] * (result.finish_reason == "length"))

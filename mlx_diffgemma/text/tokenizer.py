@@ -1,6 +1,7 @@
 """A checkpoint's tokenizer: text ↔ ids, conversations as the model reads them, answers taken apart."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ class Tokenizer:
         """Ids → text. Bytes that are no UTF-8 become U+FFFD; special tokens are left out unless asked for."""
         kept = [i for i in ids if i not in self.special_ids] if skip_special else list(ids)
         return self.vocabulary.decode(kept)
+
+    @cached_property
+    def token_bytes(self) -> list[bytes | None]:
+        """What every id adds to a text, in bytes; None for special tokens, which are no text. Errors: TokenizerError
+        for a tokenizer that does not say."""
+        return [None if i in self.special_ids else b for i, b in enumerate(self.vocabulary.token_bytes())]
 
     def piece(self, token: int) -> str:
         """One token as it looks inside text, special ones by name: for showing a canvas."""

@@ -1,11 +1,13 @@
 """Text ↔ ids by two libraries: `tokenizers` for tokenizer.json; `sentencepiece` where only tokenizer.model is there."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import TokenizerError
+from .spelling import is_unused, plain, spelled
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Fast
@@ -22,6 +24,7 @@ class Vocabulary(Protocol):
     def id_of(self, token: str) -> int | None: ...
     def size(self) -> int: ...
     def added(self) -> list[tuple[str, bool]]: ...
+    def token_bytes(self) -> list[bytes | None]: ...
 
 
 class FastVocabulary:
@@ -54,6 +57,12 @@ class FastVocabulary:
 
     def added(self) -> list[tuple[str, bool]]:
         return [(token.content, i in self.special_ids) for i, token in self._added.items()]
+
+    def token_bytes(self) -> list[bytes | None]:
+        pieces: dict[int, str] = {i: piece for piece, i in self._fast.get_vocab().items()}
+        decoder = self._fast.decoder
+        written = None if decoder is None else json.loads(decoder.__getstate__())  # pyright: ignore
+        return spelled([pieces.get(i) for i in range(max(pieces) + 1)], written)
 
 
 class SentencePieceVocabulary:
@@ -92,3 +101,12 @@ class SentencePieceVocabulary:
 
     def added(self) -> list[tuple[str, bool]]:
         return []
+
+    def token_bytes(self) -> list[bytes | None]:
+        return [self._bytes_of(i, self._pieces.id_to_piece(i)) for i in range(self._pieces.get_piece_size())]
+
+    def _bytes_of(self, i: int, piece: str) -> bytes | None:
+        if self._pieces.is_byte(i):
+            return bytes([int(piece[3:5], 16)])
+        silent = self._pieces.is_control(i) or self._pieces.is_unknown(i) or self._pieces.is_unused(i)
+        return None if silent or is_unused(piece) else plain(piece)

@@ -186,8 +186,8 @@ def attention(patch: Patch, *, values: str = "", scale: float = 1.0) -> None:
         normed = self.k_norm(keys)
         rotated = self._rotate(normed, offset)
         if "v_proj" not in self:
-            own = {"normed": normed, "rotated": rotated}.get(values, own)
-        own = own if values == "raw" else mx.fast.rms_norm(own, None, self.eps)
+            own = {"normed": normed, "rotated": rotated.swapaxes(1, 2)}.get(values, own)
+        own = (own if values == "raw" else mx.fast.rms_norm(own, None, self.eps)).swapaxes(1, 2)
         k, v = memory(rotated, own)
         y = layers.attend(queries * scale, k, v, mask, tuning)
         return self.o_proj(y.transpose(0, 2, 1, 3).flatten(2))

@@ -80,12 +80,13 @@ def test_a_model_from_scratch_is_a_whole_checkpoint(tmp_path: Path, data: Path) 
     assert any(is_vision(name) for name in names)
 
 
-def test_the_same_command_again_goes_on_and_then_does_nothing(tmp_path: Path, data: Path) -> None:
-    first = run("--data", data, "--output", tmp_path, *QUICK[2:], "--steps", 2)
-    more = run("--data", data, "--output", tmp_path, *QUICK)
-    assert first.exit_code == more.exit_code == 0
-    assert "step 4/4" in more.output
-    assert "step 1/" not in more.output
+def test_the_same_command_again_does_nothing_and_another_is_refused(tmp_path: Path, data: Path) -> None:
+    """The learning rate's schedule depends on the number of steps: a longer run is another run."""
+    command = ("--data", data, "--output", tmp_path, *QUICK[2:], "--steps")
+    first, same, longer = (run(*command, steps) for steps in (2, 2, 4))
+    assert first.exit_code == same.exit_code == 0
+    assert "step 2/2" in first.output and "step 1/" not in same.output
+    assert longer.exit_code == 1 and "its steps is 2, yours 4" in longer.output
 
 
 def test_peft_is_written_for_a_finished_run_without_training_again(tmp_path: Path, data: Path) -> None:
@@ -185,7 +186,7 @@ def test_the_tools_of_a_conversation_are_in_its_prompt(tmp_path: Path) -> None:
         ('{"text": "a"}', "messages"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "by the assistant"),
         ('{"prompt": "a"}', "completion"),
-        ('{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}', "not both text"),
+        ('{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}', "completion is [{"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
