@@ -34,6 +34,7 @@ COMMANDS = {
     "decide": "Weigh the possible answers to a question, without writing one.",
     "check": "Check this installation and a model against the recorded reference.",
     "bench": "Measure this machine; compare two measurements.",
+    "tune": "Measure how this machine likes the work cut, once, and remember it.",
     "train": "Fine-tune with LoRA or in full, by the denoising objective.",
     "fuse": "Merge a LoRA adapter into its model.",
 }
@@ -234,6 +235,12 @@ _LOADING: dict[str, dict[str, Any]] = {
         "type": click.Choice(["auto", "packed", "bf16"]),
         "help": "All but the experts: as in the pack, or unpacked (same values, faster, larger).  [default: auto]",
     },
+    "no_tuned": {
+        "section": "Machine",
+        "is_flag": True,
+        "default": None,
+        "help": "Not as mlx_diffgemma.tune chose, but by the defaults.",
+    },
     "memory_limit": {
         "section": "Machine",
         "type": Number(0, min_open=True),
@@ -258,6 +265,7 @@ def open_model(source: dict[str, Any], *, quiet: bool = False) -> "DiffusionGemm
     """Load the model, or the built-in one with a line that says how to get the real one."""
     from rich.text import Text
 
+    from .model.tuning import DEFAULT
     from .pipeline.loading import load
     from .terminal.console import console
 
@@ -267,7 +275,10 @@ def open_model(source: dict[str, Any], *, quiet: bool = False) -> "DiffusionGemm
             "The small built-in model. The real one: mlx_diffgemma.convert, then --model PATH (README: The real model)",
             style="dim",
         )
-    options = {name: value for name, value in source.items() if name not in ("model", "memory_limit", "ignore_key")}
+    own = ("model", "memory_limit", "ignore_key", "no_tuned")
+    options = {name: value for name, value in source.items() if name not in own}
+    if "no_tuned" in source:
+        options["tuning"] = DEFAULT
     if "memory_limit" in source:
         options["memory_limit"] = max(int(source["memory_limit"] * 1e9), 1)
     with stderr.status(Text(f"Loading {source.get('model', 'the built-in model')}")):

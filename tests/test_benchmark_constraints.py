@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import constraints
+from benchmarks import constraints, models
 from mlx_diffgemma.generation.constraint.automaton import Constraint
 
 FIELDS = {"name": "Ada", "age": 31, "email": "a@b.c", "status": "new", "ok": True}
@@ -50,6 +50,12 @@ def test_the_languages_take_what_they_should(measured: tuple) -> None:
         for name, text in REFUSED.items():
             state = made[name].walk(made[name].start, constraints.spelled(text, spelling))
             assert state < 0 or made[name].distance[state] > 0
+
+
+def test_a_step_is_timed(measured: tuple) -> None:
+    made, name = measured[0], constraints.TIMED[1]
+    [row] = constraints.times({name: made[name]}, models.config(32, 1, 8, 3000), runs=1)
+    assert row[0] == name and all(float(cell) >= 0 for cell in row[1:])
 
 
 def test_what_is_too_large_has_its_pairs_in_the_table(measured: tuple) -> None:

@@ -129,8 +129,10 @@ class RecordedNoise:
             ("canvas", self._canvas, "iu"),
             ("ids", self._ids, "iu"),
             ("draws", self._draws, "f"),
-            *([] if self._path is None else [("path", self._path, "f")]),
+            ("path", self._path, "f"),
         ):
+            if array is None:
+                continue
             if array.dtype.kind not in kinds:
                 raise NoiseError(f"{self.name}: {name} holds {array.dtype}, expected {_WORDS[kinds]}.")
             limit = 1 if kinds == "f" else vocabulary

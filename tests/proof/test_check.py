@@ -8,11 +8,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_diffgemma import check
 from mlx_diffgemma.errors import CheckpointError
 from mlx_diffgemma.files import shipped
+from mlx_diffgemma.model.expert_linear import ExpertLinear
 from mlx_diffgemma.model.network import Network
 from mlx_diffgemma.proof import products, published, replay
 from mlx_diffgemma.proof.findings import Finding
@@ -99,14 +99,14 @@ def test_no_recordings_is_an_error(monkeypatch: Patch, tmp_path: Path) -> None:
 
 def test_the_bfloat16_recording_is_as_close_as_the_reference(monkeypatch: Patch) -> None:
     """On a CPU MLX has no expert product in bfloat16: it is made from the one in float32."""
-    original = SwitchLinear.__call__
+    original = ExpertLinear.__call__
 
-    def product(self: SwitchLinear, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        wide = SwitchLinear(1, 1, 1, bias=False)
+    def product(self: ExpertLinear, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        wide = ExpertLinear(1, 1, 1)
         wide.weight = self.weight.astype(mx.float32)
         return original(wide, x.astype(mx.float32), indices, sorted_indices=sorted_indices).astype(x.dtype)
 
-    monkeypatch.setattr(SwitchLinear, "__call__", product)
+    monkeypatch.setattr(ExpertLinear, "__call__", product)
     findings = list(replay._passes(Recording.load(shipped.references() / "logits-real-heads-bfloat16.npz")))
     assert len(findings) == 2
     assert all(finding.passed and finding.figures["error"] <= 2.5 for finding in findings)
