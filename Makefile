@@ -7,11 +7,11 @@ WITH := $(if $(BLAS),LD_PRELOAD=$(BLAS))
 RUN := $(WITH) $(BIN)/python -m
 # What `make quick` runs: the algorithm, the prefix, texts, the commands' words.
 QUICK := tests/generation/test_sampler.py tests/generation/test_settings.py tests/generation/test_noise.py \
-	tests/model/test_attention.py tests/model/test_cache.py tests/text tests/pipeline/test_pipeline.py \
-	tests/commands/test_conventions.py
+	tests/model/test_attention.py tests/model/test_cache.py tests/text/test_tokenizer.py tests/text/test_gate.py \
+	tests/pipeline/test_pipeline.py tests/commands/test_conventions.py tests/test_habits.py
 # What needs neither torch nor transformers' models nor mlx-vlm: the package with the oldest dependencies it allows.
-ALONE := tests/commands tests/text tests/terminal tests/pipeline/test_pipeline.py tests/pipeline/test_offline.py \
-	tests/test_tour.py
+ALONE := tests/commands tests/text/test_tokenizer.py tests/text/test_gate.py tests/terminal tests/test_tour.py \
+	tests/pipeline/test_pipeline.py tests/pipeline/test_offline.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

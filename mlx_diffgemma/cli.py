@@ -61,7 +61,7 @@ class Command(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for option in self.get_params(ctx):
-            if line := option.get_help_record(ctx):
+            if isinstance(option, click.Option) and (line := option.get_help_record(ctx)):
                 sections.setdefault(getattr(option, "section", ""), []).append(line)
         for section, lines in sorted(sections.items(), key=lambda item: _LAST.find(item[0] or "-")):
             if self.everything or not section:

@@ -25,6 +25,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "LOG.md"))]
 LINKED += [ROOT / "benchmarks" / "README.md", ROOT / "convert" / "README.md"]
+OBEYING = ROOT / "docs" / "constraints.md"  # its examples run in tests/test_docs.py
 OTHERS = ROOT / "docs" / "compared.md"  # names files of other programs
 
 
@@ -160,6 +161,8 @@ def test_what_a_page_names_in_passing_exists(page: Path) -> None:
     for target in re.findall(r"`make (\w+)", text):
         assert f"\n{target}:" in (ROOT / "Makefile").read_text(), target
     for name, options in re.findall(r"`mlx_diffgemma[. ](\w+)([^`]*)`", text):
+        if name == "NAME":
+            continue
         command = main.get_command(None, name)  # type: ignore[arg-type]
         assert command, name
         spellings = [spelling for option in command.params for spelling in option.opts] + ["--help", "-h"]
@@ -203,7 +206,7 @@ SMALLER = {
     "check": "--help",  # most of a minute; test_check.py runs all of it, part by part
 }
 MADE = ("--mlx-path", "--record", "--output", "--save-noise", "--save-path")
-RUN = [page for page in PAGES if any(line.startswith("mlx_diffgemma.") for line in commands(page))]
+RUN = [page for page in PAGES if page != OBEYING and any(line.startswith("mlx_diffgemma.") for line in commands(page))]
 
 
 @pytest.mark.parametrize("home", RUN, ids=named, indirect=True)
@@ -222,7 +225,7 @@ def test_the_commands_run_in_their_order(home: Path, request: pytest.FixtureRequ
         assert all((home / path).exists() for path in made), line
 
 
-PYTHON = [page for page in PAGES if any(kind == "python" for kind, _ in blocks(page))]
+PYTHON = [page for page in PAGES if page != OBEYING and any(kind == "python" for kind, _ in blocks(page))]
 
 
 @pytest.mark.parametrize("home", PYTHON, ids=named, indirect=True)

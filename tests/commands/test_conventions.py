@@ -118,3 +118,14 @@ def test_train_with_the_names_of_mlx_lm_then_fuse(model: str, tmp_path: Path) ->
     assert run(*fuse, "--force").exit_code == 0
     onto = run("fuse", "--model", model, "--adapter-path", adapter, "--save-path", model, "--force")
     assert onto.exit_code == 1 and "is the model itself" in onto.stderr
+
+
+def test_template_options_without_a_prompt_are_refused(model: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    options = ["--model", model, "--chat-template-config", '{"enable_thinking": true}']
+    for command in (
+        ("generate", "--fill", "a <fill>."),
+        ("edit", str(tmp_path / "a.txt"), "--lines", "1", "-p", "hi"),
+    ):
+        result = run(*command, *options)
+        assert result.exit_code == 2 and "--template-options would do nothing" in result.stderr, result.output
