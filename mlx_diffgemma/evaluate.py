@@ -1,6 +1,7 @@
 """`mlx_diffgemma.evaluate`: tasks of EleutherAI's lm-eval, with mlx_lm's option names."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +68,8 @@ def evaluate(
     """lm-eval's results, without the samples. Errors: ConfigError without lm-eval, for a task that is not there, and
     for one whose questions have to be fetched and cannot be."""
     try:
-        import lm_eval  # pyright: ignore[reportMissingImports]
-        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+        lm_eval: Any = import_module("lm_eval")
+        task_manager: Any = import_module("lm_eval.tasks").TaskManager
 
         from .pipeline.harness import Harness
     except ImportError:
@@ -76,7 +77,7 @@ def evaluate(
     options = dict(options)
     harness = Harness(model, batch_size=batch_size, seed=options.pop("seed", 0), options=options)  # pyright: ignore[reportArgumentType]
     folder = Path(tasks) if Path(tasks).is_dir() else None
-    manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
+    manager = task_manager(include_path=str(folder) if folder else None, include_defaults=folder is None)
     names = sorted(manager.all_tasks) if folder else tasks.split(",")
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise ConfigError(f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them.")
