@@ -207,6 +207,7 @@ def test_room_is_bounded() -> None:
     assert line.accepts("[1, [2,3]]") and not line.accepts("[\n  1]")
     assert not automaton({"type": "array"}, layout=Layout(spaces=False, indents=())).accepts("[1, 2]")
     assert automaton({"type": "array"}, layout=Layout(indents=(3,))).accepts("[\n   1\n]")
+    assert automaton({"type": "array"}).accepts('[\n{"a": 1},\n{"a": 2}\n]')  # as the built-in model writes records
 
 
 def test_recursion_ends_at_its_depth() -> None:

@@ -29,11 +29,12 @@ class Layout:
 
     spaces    `": "` and `", "` besides `":"` and `","`
     indents   where an element begins or its container ends, a new line may begin, indented by one of these numbers
-              of spaces a level; () keeps the text on one line
+              of spaces a level; () keeps the text on one line. 0 is among them because models do write lists of
+              records so, and a language without what a model writes costs right answers
     """
 
     spaces: bool = True
-    indents: tuple[int, ...] = (2, 4)
+    indents: tuple[int, ...] = (0, 2, 4)
 
     def __post_init__(self) -> None:
         if any(not 0 <= indent <= 8 for indent in self.indents):
