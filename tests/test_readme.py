@@ -68,7 +68,8 @@ def test_the_reference_pages_miss_nothing() -> None:
     for name in write.cli.COMMANDS:
         command = main.get_command(None, name)  # type: ignore[arg-type]
         assert command is not None
-        spellings = [spelling for option in command.params for spelling in option.opts]
+        told = [option for option in command.params if not getattr(option, "hidden", False)]
+        spellings = [spelling for option in told for spelling in option.opts]
         assert f"## {name}\n" in text and all(spelling in text for spelling in spellings)
     api = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     unions = {"Event", "__version__"}
@@ -178,6 +179,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("reader")
     small.write_checkpoint(home / "released")
     (home / "my-data").mkdir()
+    (home / "letter.txt").write_text("Dear Zoe,\nthe lamp is ready.\n")
     rows = [{"prompt": f"{i}", "completion": f"{i}!"} for i in range(4)]
     for name in ("train", "valid"):
         (home / "my-data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -203,6 +205,7 @@ SMALLER = {
     "convert": "--hf-path released",
     "train": "--steps 1 --batch-size 1 --max-length 64",
     "bench": "--repeat 1 --only fact",
+    "tune": "--show",  # minutes; tests/commands/test_tune.py runs it
     "check": "--help",  # most of a minute; test_check.py runs all of it, part by part
 }
 MADE = ("--mlx-path", "--record", "--output", "--save-noise", "--save-path")
@@ -217,8 +220,8 @@ def test_the_commands_run_in_their_order(home: Path, request: pytest.FixtureRequ
         name, *options = shlex.split(line.removeprefix("mlx_diffgemma."))
         if "--compare" in options:
             (home / "that-mac.json").write_text((home / "this-mac.json").read_text())
-        else:
-            options += shlex.split(SMALLER.get(name, ""))
+        elif "--report" not in options:
+            options += shlex.split(SMALLER.get(name, "")) + ["--pause", "0"] * ("--steps" in options)
         result = CliRunner().invoke(main, [name, *options], input="Hello\n/exit\n")
         assert result.exit_code == 0, f"{line}\n{result.output}"
         made = [options[i + 1] for i, o in enumerate(options) if o in MADE and "--dry-run" not in options]
