@@ -38,11 +38,21 @@ soak: .venv/test
 floors: .venv/floors
 	$(WITH) .venv/floors/bin/python -m pytest $(ALONE)
 
+# Another Python than the environment's, when one is named: it is made anew.
+ifneq ($(origin PYTHON),file)
+OTHER := $(shell [ "`$(BIN)/python -V 2>&1`" = "`$(PYTHON) -V 2>&1`" ] || echo other)
+endif
+
+.PHONY: $(if $(OTHER),.venv/demo)
 .venv/demo: pyproject.toml
-	$(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q -e . && touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, and \
+	$(PYTHON) is `$(PYTHON) -V 2>&1`. Name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@echo "Making .venv and installing MLX and the package: a minute or two, about 300 MB …"
+	@$(PYTHON) -m venv $(if $(OTHER),--clear) .venv && $(BIN)/python -m pip install -q -e . && touch $@
 
 .venv/test: .venv/demo
-	$(BIN)/python -m pip install -q -e '.[test]' && touch $@
+	@echo "Installing what the tests compare with (PyTorch, transformers, mlx-vlm): some minutes …"
+	@$(BIN)/python -m pip install -q -e '.[test]' && touch $@
 
 .venv/floors: .venv/demo
 	$(BIN)/python -m pip install -q uv && $(BIN)/uv venv -q --python $(BIN)/python $@

@@ -10,10 +10,13 @@ import click
 from .cli import Option, command, generation_options, model_options, open_model, run_options
 from .disk import new_file, reason, replacing
 from .errors import DiffGemmaError
+from .generation.settings import GenerationOptions
 
 if TYPE_CHECKING:
     from .pipeline.model import DiffusionGemma
     from .pipeline.results import Result
+
+GENERATION = GenerationOptions.__annotations__
 
 
 @command("chat")
@@ -70,10 +73,24 @@ class Talk:
         stdout = sinks.on_stdout(self.model.tokenizer.decode, show_thinking=self.show_thinking)
         try:
             self.last = said = sinks.show(self.chat.stream(text), stdout).result
+            self._mark(said)
             if not said.text.strip() and not said.tool_calls:
                 click.echo("(an empty reply: say it in another way, or see --avoid-empty)", err=True)
         except KeyboardInterrupt:
             click.echo("(stopped: this turn is forgotten)", err=True)
+
+    def _mark(self, result: "Result") -> None:
+        from rich.console import Console
+
+        from .terminal.marks import likelihood, marked
+
+        console = Console()
+        if result.logprobs is None or result.avg_logprob is None:
+            return
+        if console.is_terminal and not console.is_dumb_terminal:
+            decode, color = self.model.tokenizer.decode, not console.no_color
+            click.echo(marked(result.tokens, result.logprobs, decode, columns=console.width, color=color))
+        click.echo(likelihood(result.avg_logprob), err=True)
 
     def obey(self, line: str) -> None:
         name, _, argument = line[1:].partition(" ")
@@ -83,14 +100,13 @@ class Talk:
         action(argument.strip())
 
     def commands(self) -> dict[str, Callable[[str], None]]:
-        return {"help": self.help, "reset": self.reset, "save": self.save, "seed": self.seed, "stats": self.stats} | {
-            "exit": self.exit
-        }
+        actions = (self.help, self.reset, self.save, self.seed, self.decoding, self.logprobs, self.stats, self.exit)
+        return {action.__name__: action for action in actions}
 
     def help(self, _: str) -> None:
         """list these commands"""
         for name, action in self.commands().items():
-            click.echo(f"/{name:6} {action.__doc__}")
+            click.echo(f"/{name:8} {action.__doc__}")
 
     def reset(self, _: str) -> None:
         """forget the conversation, but not the system prompt"""
@@ -114,6 +130,18 @@ class Talk:
         if number and not number.isdecimal():
             raise DiffGemmaError(f"/seed {number}: expected a whole number, or nothing.")
         self.chat.options["seed"] = int(number) if number else None
+
+    def decoding(self, name: str) -> None:
+        """diffusion|autoregressive: a canvas at a time, or token by token, from the next turn on"""
+        options = {key: value for key, value in self.chat.options.items() if key in GENERATION} | {"decoding": name}
+        self.model.generation_config.replace(**options)  # refuses what the chat's other options exclude
+        self.chat.options["decoding"] = name
+
+    def logprobs(self, number: str) -> None:
+        """K|off: show each answer once more with its unlikely tokens marked, and K alternatives in its data"""
+        if number and number != "off" and not number.isdecimal():
+            raise DiffGemmaError(f"/logprobs {number}: expected a whole number, off, or nothing.")
+        self.chat.options["logprobs"] = number != "off" and (int(number) if number else True)
 
     def stats(self, _: str) -> None:
         """what the last answer cost"""

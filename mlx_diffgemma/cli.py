@@ -29,10 +29,12 @@ if TYPE_CHECKING:
 COMMANDS = {
     "generate": "Write a reply to a prompt, and watch the canvas settle.",
     "chat": "Talk with the model.",
+    "score": "Say how likely the model finds a text.",
     "convert": "Turn the released checkpoint into an MLX pack that fits.",
     "edit": "Write some lines of a file anew.",
     "decide": "Weigh the possible answers to a question, without writing one.",
     "check": "Check this installation and a model against the recorded reference.",
+    "evaluate": "Run tasks of EleutherAI's lm-eval.",
     "bench": "Measure this machine; compare two measurements.",
     "tune": "Measure how this machine likes the work cut, once, and remember it.",
     "train": "Fine-tune with LoRA or in full, by the denoising objective.",
@@ -301,16 +303,32 @@ class _JsonObject(click.ParamType):
         return found
 
 
+class _Logprobs(click.ParamType):
+    name = "K"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool | int:
+        if isinstance(value, bool) or value == "True":
+            return True
+        if not str(value).isdecimal():
+            self.fail(f"{value!r} is not a number of tokens.", param, ctx)
+        return int(value)
+
+
 _POSITIVE, _NUMBER = click.IntRange(1), Number(0)
 _SAMPLER, _DEPARTURES = (
     "Sampler (without these, the checkpoint's own values)",
     "Not the reference (reported in the result)",
 )
-_PROMPT = "Prompt"
+_PROMPT, _TOKENS, _SCORES = "Prompt", "Token by token (--decoding autoregressive)", "Log-probabilities"
 _GENERATION: dict[str, dict[str, Any]] = {
     "seed": {"type": int, "metavar": "N", "help": "Makes a run repeatable.  [default: a new one]"},
     "max_tokens": {"type": _POSITIVE, "metavar": "N", "help": "Stop after this many tokens."},
     "temperature": {"type": _NUMBER, "metavar": "X", "help": "Of the schedule: 1 is the reference, 0 --greedy."},
+    "decoding": {
+        "type": click.Choice(["diffusion", "autoregressive"]),
+        "metavar": "WAY",
+        "help": "diffusion, or autoregressive: token by token.",
+    },
     "extra_eos_token": {
         "section": _PROMPT,
         "metavar": "TOKEN",
@@ -335,6 +353,24 @@ _GENERATION: dict[str, dict[str, Any]] = {
         "section": _SAMPLER,
         "type": _NUMBER,
         "help": "Mean entropy under which a canvas is settled.",
+    },
+    "top_p": {"section": _TOKENS, "type": _NUMBER, "help": "The likeliest tokens with this probability together."},
+    "top_k": {"section": _TOKENS, "type": click.IntRange(0), "help": "So many of the likeliest tokens; 0: all."},
+    "min_p": {"section": _TOKENS, "type": _NUMBER, "help": "Tokens at least so likely as this times the likeliest."},
+    "logprobs": {
+        "section": _SCORES,
+        "is_flag": False,
+        "flag_value": True,
+        "type": _Logprobs(),
+        "metavar": "[K]",
+        "help": "Of every token given its left; with K also the K likeliest there.",
+    },
+    "best_of": {"section": _SCORES, "type": _POSITIVE, "help": "So many answers; the likeliest is given."},
+    "retries": {"section": _SCORES, "type": click.IntRange(0), "help": "More answers while a token is unlikely."},
+    "stable_answer": {
+        "section": _DEPARTURES,
+        "type": _POSITIVE,
+        "help": "End a canvas whose answer has not changed for so many steps: 8 costs nearly nothing, 1 much.",
     },
     "prefill_step_size": {"section": "Machine", "type": _POSITIVE, "help": "Prompt tokens encoded at a time."},
     "canvas_length": {"section": _DEPARTURES, "type": _POSITIVE, "help": "A shorter canvas, for short answers."},

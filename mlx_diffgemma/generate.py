@@ -135,12 +135,25 @@ class Reply:
             recording.commit(_shown(asked[-1]) + "\n\n")
         request, pace = self.request(model, asked), self._pace()
         recorder = request.record() if self.save_noise else None
-        result = self.run(model, request, pace, recording)
+        result = self._chosen(request) if request.settings.chooses else self.run(model, request, pace, recording)
         if recorder and self.save_noise:
             settings, tuning = dataclasses.asdict(request.settings), result.statistics.tuning
             file = new_file(self.save_noise, "--save-noise")
             recorder.save(file, prompt=asked, settings=settings, seed=result.seed, tuning=tuning)
         self._conclude(result)
+
+    def _chosen(self, request: "Request") -> "Result":
+        """An answer chosen among several: there is nothing to show before it is there."""
+        for name, given in (("events", self.form == "events"), ("record", self.record), ("pace", self.pace)):
+            if given:
+                raise click.UsageError(f"--best-of and --retries choose among whole answers: --{name} shows none.")
+        if self.save_noise:
+            raise click.UsageError("--best-of and --retries draw several answers: repeat the one given by its --seed.")
+        [result] = request.run()
+        if self.form is None:
+            thought = f"[thinking]\n{result.thinking}\n[answer]\n" if self.show_thinking and result.thinking else ""
+            click.echo(thought + result.text)
+        return result
 
     def request(self, model: "DiffusionGemma", asked: "list[Message] | None", **options: Any) -> "Request":
         """The run for these messages, checked."""
@@ -158,16 +171,15 @@ class Reply:
         from .terminal.sinks import Live, Voice, on_stdout, show
 
         decode, thoughts = model.tokenizer.decode, self.show_thinking
+        noise = request.first_canvas if request.settings.decoding == "diffusion" else None
         sinks: list[Sink] = []
         if self.form != "json":
             events = self.form == "events"
-            stdout = on_stdout(
-                decode, events=events, bare=self.quiet, show_thinking=thoughts, pace=pace, noise=request.first_canvas
-            )
+            stdout = on_stdout(decode, events=events, bare=self.quiet, show_thinking=thoughts, pace=pace, noise=noise)
             sinks.append(stdout)
         if recording:
             voice = Voice(show_thinking=thoughts)
-            sinks.append(Live(recording, decode, pace=pace, every_step=True, noise=request.first_canvas, voice=voice))
+            sinks.append(Live(recording, decode, pace=pace, every_step=True, noise=noise, voice=voice))
         return show(pace(request.events()), *sinks).result
 
     def _conclude(self, result: "Result") -> None:

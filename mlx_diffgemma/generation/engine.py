@@ -15,24 +15,22 @@ files, no printing.
 Source: transformers DiffusionGemmaGenerationMixin.generate.
 """
 
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import CheckpointError, ConfigError, PromptError
+from ..errors import CheckpointError, ConfigError
 from ..model.cache import PrefixCache
 from ..model.network import Network
-from . import sampler, vocabulary
+from . import autoregressive, sampler, vocabulary
 from .constraint import conditioned
 from .constraint.automaton import Constraint
 from .constraint.conditioned import Guide, Guides, RowSums
-from .events import CanvasRow, Committed, Denoised, Event, Finished, NoReader, Prefilled, Reader, Statistics
+from .events import CanvasRow, Committed, Denoised, Event, NoReader, Reader
 from .noise import Noise
+from .run import Run, check_prompts
 from .settings import GenerationConfig
 
 
@@ -55,93 +53,53 @@ def generate(
     Closing the iterator stops within a step.
     Errors, before any work: PromptError for an empty prompt or one that leaves no room for a canvas, ConfigError for
     a canvas longer than the model's, or a constraint that these settings cannot meet.
+    With settings.decoding "autoregressive" the same events come from the causal pass (see autoregressive.py).
     """
+    if settings.decoding == "autoregressive":
+        Guides(constraint, len(prompts)).check(settings, network.config.vocab_size, settings.max_tokens)
+        return autoregressive.generate(
+            network, prompts, settings, noise, cache=cache, pause_at=pause_at, reader=reader or NoReader()
+        )
     length = settings.canvas_length or network.config.canvas_length
     canvases = count_canvases(network, prompts, settings, length)
     guides = Guides(constraint, len(prompts))
     guides.check(settings, network.config.vocab_size, min(settings.max_tokens, canvases * length))
-    run = _Run(network, prompts, settings, noise, reader or NoReader(), length, cache, guides)
+    run = _Run(length, guides, network, prompts, settings, noise, reader or NoReader(), length, cache)
     run.cache.reserve(run.padded.shape[1] + (canvases - 1) * length)
     return run.events(canvases, pause_at)
 
 
+def check(network: Network, prompts: list[list[int]], settings: GenerationConfig) -> int:
+    """The most tokens that a row can get. Errors: as `generate` has them."""
+    if settings.decoding == "autoregressive":
+        return autoregressive.count_tokens(network, prompts, settings)
+    length = settings.canvas_length or network.config.canvas_length
+    return min(settings.max_tokens, count_canvases(network, prompts, settings, length) * length)
+
+
+def room(settings: GenerationConfig, canvas_length: int) -> int:
+    """Positions that a prefix keeps free behind itself for a run: a canvas, unless tokens come one by one."""
+    return autoregressive.ROOM if settings.decoding == "autoregressive" else settings.canvas_length or canvas_length
+
+
 def count_canvases(network: Network, prompts: list[list[int]], settings: GenerationConfig, length: int) -> int:
-    """How many canvases of `length` fit the request and the context; PromptError when not even one does, and for ids
-    that the vocabulary does not have: nothing behind this looks at an id again."""
-    limit, trained = network.config.max_position_embeddings, network.config.canvas_length
-    _check_ids(network.config.vocab_size, prompts, settings)
+    """How many canvases of `length` fit the request and the context; PromptError when not even one does."""
+    trained = network.config.canvas_length
     if length > trained:
         raise ConfigError(f"canvas_length is {length}, expected at most {trained}, the model's own.")
-    if not prompts or not all(prompts):
-        raise PromptError("the prompt has no tokens: give at least one (a chat template always does).")
-    longest = max(map(len, prompts))
-    if longest + length > limit:
-        raise PromptError(
-            f"the prompt is {longest} tokens; with one canvas of {length} it does not fit the model's context of"
-            f" {limit}.\nShorten it by at least {longest + length - limit} tokens."
-        )
-    return min(-(-settings.max_tokens // length), (limit - longest) // length)
+    room = check_prompts(network, prompts, settings, length, f"one canvas of {length}")
+    return min(-(-settings.max_tokens // length), room // length)
 
 
-def _check_ids(size: int, prompts: list[list[int]], settings: GenerationConfig) -> None:
-    """Errors: PromptError, ConfigError for an id outside 0 … size − 1."""
-    for number, prompt in enumerate(prompts):
-        if prompt and not (0 <= min(prompt) and max(prompt) < size):
-            bad = next(i for i in prompt if not 0 <= i < size)
-            which = f"prompt {number + 1}" if len(prompts) > 1 else "the prompt"
-            raise PromptError(
-                f"{which} has the id {bad}; this model's ids are 0 … {size - 1}.\n"
-                "If it was made of text, tokenizer and weights do not belong together."
-            )
-    for name, ids in (("stop_ids", settings.stop_ids), ("pad_token_id", (settings.pad_token_id,))):
-        if bad := [i for i in ids if i >= size]:
-            raise ConfigError(f"{name} has the id {bad[0]}; this model's ids are 0 … {size - 1}.")
+class _Run(Run):
+    """One run of canvases of `length`."""
 
-
-@dataclass(kw_only=True)
-class _Row:
-    """One prompt's progress."""
-
-    left: int  # tokens it may still get
-    reason: str = ""  # empty while it runs
-    canvases: list[CanvasRow] = field(default_factory=list)
-    counted: int = 0  # tokens, as tokens_per_forward counts them
-
-
-class _Run:
-    """One run: the prefix, the rows, and where the time went."""
-
-    def __init__(
-        self,
-        network: Network,
-        prompts: list[list[int]],
-        settings: GenerationConfig,
-        noise: Noise,
-        reader: Reader,
-        length: int,
-        cache: PrefixCache | None,
-        guides: Guides,
-    ):
-        self.network, self.settings, self.noise, self.reader, self.length = network, settings, noise, reader, length
-        longest = max(map(len, prompts))
-        padding = [longest - len(prompt) for prompt in prompts]
-        padded = [[settings.pad_token_id] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
-        self.padded = mx.array(padded, mx.int32)  # [B, P]
-        self.prompt_tokens = sum(map(len, prompts))
-        if cache is not None and not cache.length < longest:
-            raise PromptError(
-                f"the prefix that was handed over holds {cache.length} tokens, expected fewer than the prompt has,"
-                f" {longest}."
-            )
-        self.cache = cache or network.make_cache(len(prompts), padding, length)
-        self.reused = self.cache.length
-        self.rows = [_Row(left=settings.max_tokens) for _ in prompts]
-        self.guides = guides
-        self.steps = 0
-        self.seconds = {"prefill": 0.0, "denoise": 0.0, "commit": 0.0}
+    def __init__(self, length: int, guides: Guides, *args: Any):
+        super().__init__(*args)
+        self.length, self.guides = length, guides
 
     def events(self, canvases: int, pause_at: int | None) -> Iterator[Event]:
-        yield from self._timed("prefill", self._prefill(pause_at))  # 1
+        yield from self.timed("prefill", self.prefill(pause_at))  # 1
         for index in range(canvases):
             best = mx.zeros((len(self.rows), self.length), mx.int32)
             trace = _Trace([not row.reason for row in self.rows])
@@ -150,95 +108,60 @@ class _Run:
             canvas = _Canvas(  # 2
                 self.network, self.cache, self.settings, self.noise, index, trace.running, self.reader, guides
             )
-            for event in self._timed("denoise", canvas.steps()):  # 3 – 7
+            for event in self.timed("denoise", canvas.steps()):  # 3 – 7
                 trace.add(event)
                 best = event.best
                 self.steps += 1
                 yield event
-            yield self._commit(index, best, trace, canvas.log_probabilities, last=index == canvases - 1)  # 8
+            yield self._commit(index, best, trace, canvas, last=index == canvases - 1)  # 8
             if all(row.reason for row in self.rows):
                 break
-            with self._clock("commit"):
-                self.network.encode(best, self.cache)
-                mx.eval(self.cache.state)
-        yield self._finish()
+            if not self.settings.scored:
+                with self.clock("commit"):
+                    self.encode(best)
+        yield self.finish()
 
-    def _prefill(self, pause_at: int | None) -> Iterator[Prefilled]:
-        """Encode what the cache does not hold yet, chunk by chunk, so that memory does not grow with the prompt."""
-        total = self.padded.shape[1]
-        while self.cache.length < total:
-            end = min(self.cache.length + self.settings.prefill_step_size, total)
-            if pause_at is not None and self.cache.length < pause_at < end:
-                end = pause_at
-            self.network.encode(self.padded[:, self.cache.length : end], self.cache)
-            mx.eval(self.cache.state)
-            yield Prefilled(tokens=end, total=total)
-
-    def _commit(
-        self, index: int, best: mx.array, trace: "_Trace", log_probabilities: list[float | None], *, last: bool
-    ) -> Committed:
-        """The best tokens [B, L] become each row's ids and text."""
-        committed = []
+    def _commit(self, index: int, best: mx.array, trace: "_Trace", canvas: "_Canvas", *, last: bool) -> Committed:
+        """The best tokens [B, L] become each row's ids and text; with scores, behind the pass that commits them."""
+        kept: list[tuple[int, ...]] = []
         for number, (row, ids) in enumerate(zip(self.rows, np.array(best).tolist(), strict=True)):
             self.guides.advance(number, ids)
-            kept, reason = self._kept(row, ids, last=last) if not row.reason else ((), "")
-            text, thinking = self.reader.read(number, kept, last=bool(reason)) if trace.running[number] else ("", "")
-            found = {"log_probability": log_probabilities[number], **trace.row(number)}
-            made = CanvasRow(ids=kept, reason=reason, text=text, thinking=thinking, **found)
+            kept.append(row.keep(ids, self.settings, last=last) if not row.reason else ())
+        runs = [(row, trace.running[number]) for number, row in enumerate(self.rows)]
+        scores: list[dict[str, Any]] = [{} for _ in runs]
+        if self.settings.scored:
+            told = [len(ids) + (row.reason == "stop") if on else 0 for ids, (row, on) in zip(kept, runs, strict=True)]
+            with self.clock("commit"):
+                scores = self._scores(best, canvas, told)
+        committed = []
+        for number, (row, on) in enumerate(runs):
+            ids, reason = kept[number], row.reason if on else ""
+            text, thinking = self.reader.read(number, ids, last=bool(reason)) if on else ("", "")
+            told_of = {**trace.row(number), **scores[number], "log_probability": canvas.log_probabilities[number]}
+            made = CanvasRow(ids=ids, reason=reason, text=text, thinking=thinking, **told_of)
             row.canvases += [made] if made.steps else []
             committed.append(made)
         return Committed(index=index, rows=tuple(committed))
 
-    def _kept(self, row: _Row, ids: list[int], *, last: bool) -> tuple[tuple[int, ...], str]:
-        """What a running row keeps of a canvas, and why it ends, if it does."""
-        stop = next((i for i, token in enumerate(ids) if token in self.settings.stop_ids), len(ids))
-        row.counted += sum(token != self.settings.pad_token_id for token in ids[: stop + 1])
-        kept = ids[: min(stop, row.left)]
-        row.left -= len(kept)
-        if stop == len(kept) and stop < len(ids):
-            row.reason = "stop"
-        elif row.left == 0 or last:
-            row.reason = "length"
-        return tuple(kept), row.reason
-
-    def _finish(self) -> Finished:
-        canvases = [canvas for row in self.rows for canvas in row.canvases]
-        statistics = Statistics(
-            prompt_tokens=self.prompt_tokens,
-            reused_tokens=self.reused,
-            generated_tokens=sum(len(canvas.ids) for canvas in canvases),
-            steps=self.steps,
-            prefill_seconds=self.seconds["prefill"],
-            denoise_seconds=self.seconds["denoise"],
-            commit_seconds=self.seconds["commit"],
-            tokens_per_forward=sum(row.counted for row in self.rows) / max(1, sum(canvas.steps for canvas in canvases)),
-            peak_memory_bytes=mx.get_peak_memory(),
-            tuning=self.network.tuning.fingerprint,
-            departures=self.settings.departures,
-        )
-        results = [
-            self.reader.conclude(number, row.reason, tuple(row.canvases), statistics)
-            for number, row in enumerate(self.rows)
-        ]
-        reasons = tuple(row.reason for row in self.rows)
-        return Finished(reasons=reasons, statistics=statistics, results=tuple(results))
-
-    def _timed(self, name: str, events: Iterator[Any]) -> Iterator[Any]:
-        """The same events; only the time spent making them counts, not the time a consumer holds them."""
-        while True:
-            with self._clock(name):
-                event = next(events, None)
-            if event is None:
-                return
-            yield event
-
-    @contextmanager
-    def _clock(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
+    def _scores(self, best: mx.array, canvas: "_Canvas", told: list[int]) -> list[dict[str, Any]]:
+        """Encode the canvas; log-probabilities of the first `told` tokens of every row, as CanvasRow's fields."""
+        before = self.last
+        assert before is not None  # kept, where settings.needs_last_hidden
+        hidden = mx.concatenate([before, self.encode(best)[:, :-1]], axis=1)  # what each token followed from
+        at = mx.array([row * self.length + i for row, count in enumerate(told) for i in range(count)], mx.int32)
+        if not at.size:
+            return [{} for _ in told]
+        shaping = vocabulary.Shaping(cap=self.network.config.final_logit_softcapping, temperature=1.0)
+        ids, top = best.flatten()[at], self.settings.top_logprobs
+        x, table, tuning = hidden.flatten(0, 1)[at], self.network.decoder.embed_tokens, self.network.tuning
+        found = vocabulary.score(x, table, shaping, ids, top=top, tuning=tuning)
+        own = np.array(canvas.best_logprob.flatten()[at]).tolist()
+        fields = []
+        for count in told:
+            row, found = found.split(count)
+            fields.append(row.fields() | {"canvas_logprobs": tuple(own[:count])})
+            own = own[count:]
+        return fields
 
 
 class _Canvas:
@@ -263,8 +186,10 @@ class _Canvas:
         self.signal: mx.array | None = None  # [B, L, H]; None is the zero signal of step 0
         self.best = self.canvas
         self.entropy = mx.zeros(self.canvas.shape)
+        self.best_logprob = mx.zeros(self.canvas.shape)  # of the best tokens, by the step's own distribution
         self.earlier: list[mx.array] = []  # best tokens of the steps before
         self.done = mx.array([not r for r in running])  # [B]
+        self.early = mx.zeros_like(self.done)  # [B]: done by settings.stable_answer alone
         self.unsure_count = self.canvas.size  # positions that the step before was not sure of
 
     def steps(self) -> Iterator[Denoised]:
@@ -340,14 +265,22 @@ class _Canvas:
         renoised = sampler.renoise(accepted, reading.guess, self.noise.ids(self.index, step))
         self.best, self.canvas = self._keep(self.best, reading.best), self._keep(self.canvas, renoised)
         self.entropy = self._keep(self.entropy, reading.entropy)
-        self.done = self.done | sampler.settled(
+        if self.settings.scored:
+            self.best_logprob = self._keep(self.best_logprob, mx.log1p(-reading.tail))
+        done = self.done | sampler.settled(
             self.best,
             self.earlier,
             self.entropy,
             stability=stability,
             confidence=self.settings.confidence_threshold,
         )
-        self.earlier = [*self.earlier, self.best][-stability:] if stability else []
+        if answer := self.settings.stable_answer:
+            stable = sampler.answer_stable(self.best, self.earlier, self.settings.stop_ids, steps=answer)
+            self.early = self.early | (stable & ~done)
+            done = done | stable
+        self.done = done
+        remembered = max(stability, self.settings.stable_answer or 0)
+        self.earlier = [*self.earlier, self.best][-remembered:] if remembered else []
 
     def _keep(self, old: mx.array, new: mx.array) -> mx.array:
         """Rows that are done keep the old value."""
@@ -357,8 +290,8 @@ class _Canvas:
         self, step: int, temperature: float, guess: mx.array, accepted: mx.array, pinned: mx.array | None
     ) -> Denoised:
         """Waits for the step, and fetches its few numbers at once."""
-        numbers = mx.stack([accepted.sum(axis=-1), self.entropy.mean(axis=-1), self.done])
-        counts, means, settled = np.array(numbers).tolist()
+        numbers = mx.stack([accepted.sum(axis=-1), self.entropy.mean(axis=-1), self.done, self.early])
+        counts, means, settled, early = np.array(numbers).tolist()
         if any(mean != mean for mean in means):
             raise CheckpointError(
                 f"the network computes NaN (canvas {self.index}, step {step}): its weights are damaged, or their values"
@@ -377,6 +310,7 @@ class _Canvas:
             accepted_count=tuple(map(int, counts)),
             mean_entropy=tuple(means),
             settled=tuple(map(bool, settled)),
+            early=tuple(map(bool, early)) if self.settings.stable_answer else (),
             decode=self.reader.decode,
             pinned=pinned,
         )
@@ -391,6 +325,7 @@ class _Trace:
         self.accepted: list[list[int]] = [[] for _ in running]
         self.mean_entropy = [0.0] * len(running)
         self.settled = [False] * len(running)
+        self.early = [False] * len(running)
 
     def add(self, event: Denoised) -> None:
         for row, runs in enumerate(self.running):
@@ -399,12 +334,14 @@ class _Trace:
                 self.accepted[row].append(event.accepted_count[row])
                 self.mean_entropy[row] = event.mean_entropy[row]
                 self.settled[row] = event.settled[row]
+                self.early[row] = bool(event.early) and event.early[row]
 
     def row(self, row: int) -> dict[str, Any]:
         """A CanvasRow's fields."""
         return {
             "steps": self.steps[row],
-            "settled": self.settled[row],
+            "settled": self.settled[row] and not self.early[row],
+            "early": self.early[row],
             "mean_entropy": self.mean_entropy[row],
             "accepted_per_step": tuple(self.accepted[row]),
         }

@@ -37,7 +37,8 @@ class Denoised:
     next_canvas: mx.array  # [B, L] int32: what the next step looks at
     accepted_count: tuple[int, ...]
     mean_entropy: tuple[float, ...]  # nats
-    settled: tuple[bool, ...]
+    settled: tuple[bool, ...]  # the row is over
+    early: tuple[bool, ...] = ()  # it is over only because its answer stayed the same; empty without stable_answer
     pinned: mx.array | None = None  # [B, L] bool: no choice was left there; None without a constraint
     decode: Decode = field(default=str, repr=False, compare=False)  # the run's reader's, for drawing
 
@@ -54,7 +55,12 @@ class Denoised:
 
 @dataclass(frozen=True, kw_only=True)
 class CanvasRow:
-    """What one row got from one canvas. A row that had already finished has no steps and no ids."""
+    """What one row got from one canvas. A row that had already finished has no steps and no ids.
+
+    Autoregressive decoding gives one a token, of one step; a Result has one for all of them. The last three fields come
+    with `logprobs`, one entry a token, a stop id included. `logprobs` are of the tokens given their left, and add
+    up to the text's; `canvas_logprobs`, which the canvas had for each place beside the others, do not.
+    """
 
     ids: tuple[int, ...]  # up to, not including, the first stop id; cut at max_tokens
     steps: int
@@ -65,11 +71,16 @@ class CanvasRow:
     reason: str = ""  # "stop" or "length" when the row finished with this canvas
     text: str = ""  # what became visible, by the run's reader
     thinking: str = ""  # likewise, of the thoughts
+    early: bool = False  # not settled: its answer stayed the same for so long as settings.stable_answer says
+    logprobs: tuple[float, ...] | None = None  # nats
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None  # (id, nats) of the likeliest, if asked for
+    canvas_logprobs: tuple[float, ...] | None = None  # nats, at the last step's temperature
 
 
 @dataclass(frozen=True, kw_only=True)
 class Committed:
-    """A canvas became part of the text. It is encoded into the prefix after this event."""
+    """A canvas, or a token, became part of the text. It is encoded into the prefix after this event; a canvas with
+    scores (settings.scored) before it."""
 
     index: int  # which canvas, from 0
     rows: tuple[CanvasRow, ...]
@@ -92,21 +103,25 @@ class Committed:
 class Statistics:
     """Totals of one run; for a batch, of all its rows together."""
 
+    decoding: str = "diffusion"  # or "autoregressive"
     prompt_tokens: int
     reused_tokens: int  # prompt tokens that were in the cache already
     generated_tokens: int
-    steps: int  # decoder passes
+    steps: int  # decoder passes; autoregressive: tokens in turn
     prefill_seconds: float
     denoise_seconds: float
-    commit_seconds: float
+    commit_seconds: float  # of causal passes behind the prompt, the scores included
     tokens_per_forward: float  # as transformers counts: stop id included, padding and settled rows' steps not
     peak_memory_bytes: int  # MLX's, since the process began or since mx.reset_peak_memory()
     tuning: str  # the fingerprint of the tuning: a seed repeats where it is the same
+    attempts: float = 1  # answers that were made for each one given (best_of, retries); mean over a batch
+    early_canvases: int = 0  # of the rows' canvases, how many ended by settings.stable_answer alone
     departures: dict[str, Any] = field(default_factory=dict)  # options that differ from the reference algorithm
 
     @property
     def seconds_per_step(self) -> float:
-        return self.denoise_seconds / self.steps if self.steps else 0.0
+        seconds = self.commit_seconds if self.decoding == "autoregressive" else self.denoise_seconds
+        return seconds / self.steps if self.steps else 0.0
 
     @property
     def tokens_per_second(self) -> float:

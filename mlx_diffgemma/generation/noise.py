@@ -1,6 +1,6 @@
 """Where randomness comes from. A run needs three things: the first canvas, one uniform draw per position and step
 (the guess inverts the distribution at it), and random ids for the positions that are renoised. Under a constraint it
-needs one draw more: the guess's path through the language.
+needs one draw more: the guess's path through the language. Token by token it needs one draw a token, and no more.
 
 Random generators differ between frameworks and devices, so a run is repeated elsewhere from its recorded
 noise, not from its seed.
@@ -11,15 +11,16 @@ import os
 import zipfile
 import zlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from ..disk import reason, replacing
 from ..errors import NoiseError
+from .settings import Decoding
 
-CANVAS, DRAWS, IDS, PATH = range(4)
+CANVAS, DRAWS, IDS, PATH, TOKEN = range(5)
 NAMES = ("canvas", "draws", "ids", "path")  # in a file
 
 
@@ -40,6 +41,10 @@ class Noise(Protocol):
 
     def path(self, index: int, step: int) -> mx.array:
         """One number in [0, 1) per position, float32 [B, L]: under a constraint the guess's classes are drawn at it."""
+        ...
+
+    def token(self, number: int) -> mx.array:
+        """One number in [0, 1) per row, float32 [B], at which token `number` of autoregressive decoding is drawn."""
         ...
 
 
@@ -63,6 +68,9 @@ class SeededNoise:
 
     def path(self, index: int, step: int) -> mx.array:
         return self._uniform(PATH, index, step)
+
+    def token(self, number: int) -> mx.array:
+        return mx.concatenate([mx.random.uniform(shape=(1,), key=key) for key in self._keys(TOKEN, number)])
 
     def _uniform(self, *path: int) -> mx.array:
         return mx.stack([mx.random.uniform(shape=(self.length,), key=key) for key in self._keys(*path)])
@@ -91,7 +99,7 @@ _WORDS = {"iu": "whole numbers", "f": "numbers with a fraction"}
 
 class RecordedNoise:
     """Noise read from a recording: `canvas` [C, B, L], and `draws`, `ids` and, of a run under a constraint, `path`
-    [C, S, B, L] for C canvases, S steps."""
+    [C, S, B, L] for C canvases, S steps; of autoregressive decoding `tokens` [T, B], and no canvases."""
 
     def __init__(
         self,
@@ -99,10 +107,12 @@ class RecordedNoise:
         draws: np.ndarray,
         ids: np.ndarray,
         path: np.ndarray | None = None,
+        tokens: np.ndarray | None = None,
         *,
         name: str = "the recording",
     ):
-        self._canvas, self._draws, self._ids, self._path, self.name = canvas, draws, ids, path, name
+        self._canvas, self._draws, self._ids, self._path, self._tokens = canvas, draws, ids, path, tokens
+        self.name = name
         alike = draws.shape == ids.shape and (path is None or path.shape == ids.shape)
         if canvas.ndim != 3 or not alike or draws.shape[:1] + draws.shape[2:] != canvas.shape:
             raise NoiseError(
@@ -117,7 +127,8 @@ class RecordedNoise:
             with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
                 if lacking := {"canvas", "draws", "ids"} - set(file.files):
                     raise NoiseError(f"{path} is no recording of noise: it has no {', '.join(sorted(lacking))}.")
-                return cls(file["canvas"], file["draws"], file["ids"], file.get("path"), name=str(path))
+                arrays = (file["canvas"], file["draws"], file["ids"], file.get("path"), file.get("tokens"))
+                return cls(*arrays, name=str(path))
         except OSError as error:
             raise NoiseError(f"{path} cannot be read: {reason(error)}.") from error
         except (ValueError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -130,6 +141,7 @@ class RecordedNoise:
             ("ids", self._ids, "iu"),
             ("draws", self._draws, "f"),
             ("path", self._path, "f"),
+            ("tokens", self._tokens, "f"),
         ):
             if array is None:
                 continue
@@ -146,6 +158,11 @@ class RecordedNoise:
     @property
     def batch_size(self) -> int:
         return self._canvas.shape[1]
+
+    @property
+    def decoding(self) -> Decoding:
+        """Which decoding it was recorded of."""
+        return "diffusion" if self._tokens is None else "autoregressive"
 
     @property
     def length(self) -> int:
@@ -170,6 +187,15 @@ class RecordedNoise:
             raise NoiseError(f"{self.name} was recorded without a constraint: it holds no paths through a language.")
         return mx.array(self._path[index, step]).astype(mx.float32)
 
+    def token(self, number: int) -> mx.array:
+        count = 0 if self._tokens is None else len(self._tokens)
+        if self._tokens is None or number >= count:
+            raise NoiseError(
+                f"{self.name} holds noise for {count} tokens; this run asks for one more.\n"
+                "Use the settings it was recorded with, or record a longer run."
+            )
+        return mx.array(self._tokens[number]).astype(mx.float32)
+
     def _check(self, index: int, step: int) -> None:
         canvases, steps = self._ids.shape[:2]
         if index >= canvases or step >= steps:
@@ -186,6 +212,7 @@ class NoiseRecorder:
         self.noise = noise
         self._canvases: dict[int, np.ndarray] = {}
         self._steps: dict[tuple[int, int, int], np.ndarray] = {}
+        self._tokens: dict[int, np.ndarray] = {}
 
     def canvas(self, index: int) -> mx.array:
         array = self.noise.canvas(index)
@@ -201,12 +228,22 @@ class NoiseRecorder:
     def path(self, index: int, step: int) -> mx.array:
         return self._keep(PATH, index, step, self.noise.path(index, step))
 
+    def token(self, number: int) -> mx.array:
+        array = self.noise.token(number)
+        self._tokens[number] = np.array(array)
+        return array
+
     def _keep(self, purpose: int, index: int, step: int, array: mx.array) -> mx.array:
         self._steps[purpose, index, step] = np.array(array)
         return array
 
     def save(self, path: str | os.PathLike[str], **provenance: object) -> None:
         """Write what was used; `provenance` goes in as JSON. What was at `path` is replaced at the end."""
+        arrays = self._of_tokens() if self._tokens else self._of_canvases()
+        with replacing(path) as file:
+            np.savez_compressed(file, provenance=json.dumps(provenance), **arrays)
+
+    def _of_canvases(self) -> dict[str, Any]:
         canvas = np.stack([self._canvases[c] for c in sorted(self._canvases)])
         steps = 1 + max(step for _, _, step in self._steps)
         shape = (canvas.shape[0], steps, *canvas.shape[1:])
@@ -215,5 +252,10 @@ class NoiseRecorder:
             arrays["path"] = np.zeros(shape, np.float32)
         for (purpose, c, step), array in self._steps.items():
             arrays[NAMES[purpose]][c, step] = array
-        with replacing(path) as file:
-            np.savez_compressed(file, canvas=canvas, provenance=json.dumps(provenance), **arrays)
+        return {"canvas": canvas, **arrays}
+
+    def _of_tokens(self) -> dict[str, Any]:
+        tokens = np.stack([self._tokens[number] for number in sorted(self._tokens)])  # [T, B]
+        none = np.zeros((0, 0, tokens.shape[1], 0), np.float32)
+        canvas = np.zeros((0, tokens.shape[1], 0), np.int32)
+        return {"canvas": canvas, "draws": none, "ids": none.astype(np.int32), "tokens": tokens}

@@ -48,3 +48,13 @@ def settled(
     for other in earlier[len(earlier) - stability :]:
         confident &= (other == best).all(axis=-1)
     return confident
+
+
+def answer_stable(best: mx.array, earlier: list[mx.array], stop_ids: tuple[int, ...], *, steps: int) -> mx.array:
+    """Rows whose answer has not changed for so many `steps`, bool [B]: of `best` [B, L] what stands up to and with the
+    first stop id equals the last canvases of best tokens (`earlier` holds them, without this one)."""
+    if len(earlier) < steps:
+        return mx.zeros(best.shape[:1], mx.bool_)
+    stops = mx.cumsum((best[..., None] == mx.array(stop_ids or (-1,))).any(axis=-1), axis=-1)
+    behind = mx.pad(stops[:, :-1], [(0, 0), (1, 0)]) > 0  # [B, L]: a stop id stands further left
+    return mx.stack([((other == best) | behind).all(axis=-1) for other in earlier[len(earlier) - steps :]]).all(axis=0)

@@ -2,13 +2,23 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 from ..config import IDS
 from ..errors import ConfigError
-from ..values import Field, Table, flag, integer, many, nearest, number, one_of, optional, shown
+from ..values import Field, Table, either, flag, integer, many, nearest, number, one_of, optional, shown
 
 WHERE = "generation_config.json"
+
+Decoding = Literal["diffusion", "autoregressive"]
+MOST_LOGPROBS = 20  # of one place, as OpenAI's API has it
+
+# Options of one decoding alone: beside the other they would do nothing.
+OF_DIFFUSION = """
+    max_denoising_steps t_min t_max entropy_bound stability_threshold confidence_threshold sparse_signal canvas_length
+    free_signal stable_answer retries
+""".split()
+OF_AUTOREGRESSIVE = "top_p top_k min_p".split()
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -31,6 +41,14 @@ class GenerationOptions(TypedDict, total=False):
     greedy: bool
     avoid_empty: bool
     free_signal: bool
+    stable_answer: int | None
+    decoding: Decoding
+    top_p: float
+    top_k: int
+    min_p: float
+    logprobs: bool | int
+    best_of: int
+    retries: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +56,7 @@ class GenerationConfig:
     """How to generate. The defaults are transformers' (DiffusionGemmaGenerationConfig), the checkpoint's
     `generation_config.json` comes over them, and what the caller names over both.
 
-    Exact unless one of the last four is set: those depart from the reference and are reported in the
-    statistics of every result.
+    Exact unless one of the departures is set, which are reported in the statistics of every result.
     """
 
     max_tokens: int = 256  # of the reply; transformers' max_new_tokens
@@ -61,6 +78,16 @@ class GenerationConfig:
     greedy: bool = False  # the guess is the best token: no draw
     avoid_empty: bool = False  # no stop id at position 0 of the first canvas, in the signal too
     free_signal: bool = False  # under a constraint the next step is shown the distribution without it
+    stable_answer: int | None = None  # steps without a change of the answer, up to a stop id, that end a canvas
+    # Token by token instead: the causal pass of the same weights. `temperature`, `greedy` and `avoid_empty` apply.
+    decoding: Decoding = "diffusion"
+    top_p: float = 1.0  # the likeliest tokens that together have this probability; these three are mlx_lm's, and like
+    top_k: int = 0  # there they look at the probabilities before the temperature. So many of the likeliest; 0: all
+    min_p: float = 0.0  # tokens at least so likely as this times the likeliest
+    # What the causal pass says about an answer, and answers chosen by it.
+    logprobs: bool | int = False  # of every token; a number: with so many of the likeliest at each place
+    best_of: int = 1  # answers drawn in one batch; the one with the best mean log-probability is given
+    retries: int = 0  # more answers, while a token of the best one is less likely than RETRY_BELOW
 
     def __post_init__(self) -> None:
         for option in OPTIONS.fields:
@@ -76,14 +103,43 @@ class GenerationConfig:
                 raise ConfigError("greedy would do nothing beside temperature 0, which says it already.")
             object.__setattr__(self, "greedy", True)
             object.__setattr__(self, "temperature", 1.0)
+        self._check_autoregressive()
+        self._check_scores()
+
+    def _check_autoregressive(self) -> None:
+        """Nothing that the decoding has no place for."""
+        drawn = [name for name in ("temperature", *OF_AUTOREGRESSIVE) if getattr(self, name) != _default(name)]
+        if self.decoding == "autoregressive" and self.greedy and drawn:
+            raise ConfigError(f"{drawn[0]} would do nothing: greedy decoding draws no token.")
+        others = OF_AUTOREGRESSIVE if self.decoding == "diffusion" else ["retries", "stable_answer"]
+        for name in others:
+            if getattr(self, name) != _default(name):
+                raise ConfigError(self._foreign(name))
+
+    def _check_scores(self) -> None:
+        """One way of choosing, among answers that may differ."""
+        if self.best_of > 1 and self.retries:
+            raise ConfigError("best_of and retries both choose an answer by its log-probability: give one.")
+        if self.best_of > 1 and self.decoding == "autoregressive" and self.greedy:
+            raise ConfigError("best_of would do nothing: greedy autoregressive answers are all the same.")
+
+    def _foreign(self, name: str) -> str:
+        other = "diffusion" if name in OF_DIFFUSION else "autoregressive"
+        return f"{name} would do nothing in {self.decoding} decoding.\nLeave it out, or set decoding to {other!r}."
 
     def replace(self, **options: Any) -> "GenerationConfig":
-        """A copy with `options` set; an option that does not exist is a ConfigError with the nearest name."""
+        """A copy with `options` set. Errors: ConfigError for one that does not exist, with the nearest name, and for
+        one that the decoding has no place for."""
         known = [f.name for f in dataclasses.fields(self)]
         for name in options:
             if name not in known:
                 raise ConfigError(f"unknown generation option {name!r}.{nearest(name, known)}")
-        return dataclasses.replace(self, **options)
+        changed = dataclasses.replace(self, **options)
+        foreign = OF_DIFFUSION if changed.decoding == "autoregressive" else OF_AUTOREGRESSIVE
+        for name in foreign:
+            if options.get(name, _default(name)) != _default(name):
+                raise ConfigError(changed._foreign(name))
+        return changed
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, stop_ids: tuple[int, ...] = ()) -> "GenerationConfig":
@@ -109,10 +165,38 @@ class GenerationConfig:
         return self.t_min * self.temperature, self.t_max * self.temperature
 
     @property
+    def top_logprobs(self) -> int:
+        """How many of the likeliest tokens are told at each place."""
+        return 0 if isinstance(self.logprobs, bool) else self.logprobs
+
+    @property
+    def chooses(self) -> bool:
+        """Whether an answer is chosen among several."""
+        return self.best_of > 1 or self.retries > 0
+
+    @property
+    def scored(self) -> bool:
+        """Whether every token's log-probability is wanted."""
+        return bool(self.logprobs) or self.chooses
+
+    @property
+    def needs_last_hidden(self) -> bool:
+        """Whether the prefix's last hidden state is: the next token's distribution follows from it."""
+        return self.scored or self.decoding == "autoregressive"
+
+    @property
     def departures(self) -> dict[str, Any]:
-        """The options in force that make a run differ from the reference algorithm."""
-        named = ("canvas_length", "temperature", "greedy", "avoid_empty", "free_signal")
-        return {name: value for name in named if (value := getattr(self, name)) != getattr(type(self), name)}
+        """The options in force that make a run differ from the reference algorithm; autoregressive: from the plain draw
+        of every token by its probability, without those that say how tokens are drawn."""
+        names = ["canvas_length", "temperature", "greedy", "avoid_empty", "free_signal", "stable_answer"]
+        names += ["best_of", "retries"]
+        if self.decoding == "autoregressive":
+            names = ["avoid_empty", "best_of"]
+        return {name: value for name in names if (value := getattr(self, name)) != _default(name)}
+
+
+def _default(name: str) -> Any:
+    return GenerationConfig.__dataclass_fields__[name].default
 
 
 # --------------------------------------------------------------------------------------------------- what is allowed
@@ -137,6 +221,14 @@ OPTIONS = Table(
     Field("greedy", flag),
     Field("avoid_empty", flag),
     Field("free_signal", flag),
+    Field("stable_answer", optional(integer(least=1, most=1_000_000))),
+    Field("decoding", one_of(*get_args(Decoding))),
+    Field("top_p", number(above=0, most=1)),
+    Field("top_k", integer(least=0, most=_MANY)),
+    Field("min_p", number(least=0, most=1)),
+    Field("logprobs", either(flag, integer(least=1, most=MOST_LOGPROBS))),
+    Field("best_of", integer(least=1, most=1000)),
+    Field("retries", integer(least=0, most=1000)),
 )
 _KINDS = {option.name: option.kind for option in OPTIONS.fields}
 RENAMED = {"max_new_tokens": "max_tokens"}  # the file's word → ours

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
+import numpy as np
 
 from ..model.table import Runs, Table, block_scores, mix, scaled, scores, shaped, unpacked_dtype
 from ..model.tuning import DEFAULT, Tuning
@@ -106,6 +107,85 @@ def walk(
     """Hidden states [B, L, H] → the sums over the whole table, tile after tile."""
     whole = _walk(hidden.flatten(0, 1), table, shaping, with_signal, tuning)
     return Sums(hidden=hidden, table=table, shaping=shaping, whole=whole)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Log-probabilities of N tokens, nats; `top` has the likeliest k of each place, best first, if asked for."""
+
+    logprobs: list[float]
+    best: list[int]  # the likeliest token of each place
+    top: list[tuple[tuple[int, float], ...]] | None
+
+    def split(self, count: int) -> "tuple[Scores, Scores]":
+        """The first `count`, and the rest."""
+        first, rest = (None, None) if self.top is None else (self.top[:count], self.top[count:])
+        return (
+            Scores(logprobs=self.logprobs[:count], best=self.best[:count], top=first),
+            Scores(logprobs=self.logprobs[count:], best=self.best[count:], top=rest),
+        )
+
+    def fields(self) -> dict[str, Any]:
+        """As a CanvasRow has them."""
+        top = None if self.top is None else tuple(self.top)
+        return {"logprobs": tuple(self.logprobs), "top_logprobs": top}
+
+
+SCORED_AT_ONCE = 32  # places whose whole row of logits exists at the same time, where the likeliest are asked for
+
+
+def score(
+    hidden: mx.array, table: Table, shaping: Shaping, ids: mx.array, *, top: int = 0, tuning: Tuning = DEFAULT
+) -> Scores:
+    """Log-probabilities of the `ids` [N] by the distributions of hidden states [N, H], and the `top` likeliest there.
+
+    The sums of one walk, without a signal, give every distribution's logarithm of the total mass.
+    """
+    whole = _walk(hidden, table, shaping, False, tuning)
+    total = whole.maximum + mx.log(whole.mass)
+    size = _block(table.weight.shape[0])
+    logits = shaping(block_scores(hidden, table, ids // size, size), (ids // size)[:, None] * size + mx.arange(size))
+    own = mx.take_along_axis(logits, (ids % size)[:, None], axis=-1)[:, 0]
+    logprobs = mx.minimum(own - total, 0.0)  # rounding may put one token above all of them
+    mx.eval(logprobs, whole.best)
+    return Scores(
+        logprobs=cast(list[float], logprobs.tolist()),
+        best=cast(list[int], whole.best.tolist()),
+        top=_top(hidden, table, shaping, total, top),
+    )
+
+
+def _top(
+    hidden: mx.array, table: Table, shaping: Shaping, total: mx.array, count: int
+) -> list[tuple[tuple[int, float], ...]] | None:
+    if not count:
+        return None
+    found: list[tuple[tuple[int, float], ...]] = []
+    for start in range(0, len(hidden), SCORED_AT_ONCE):
+        rows = slice(start, start + SCORED_AT_ONCE)
+        every = slice(0, table.weight.shape[0])
+        found += likeliest(shaping(scores(hidden[rows], table, every), mx.arange(every.stop)), total[rows], count)
+    return found
+
+
+def likeliest(logits: mx.array, total: mx.array, count: int) -> list[tuple[tuple[int, float], ...]]:
+    """Of logits [N, V] the `count` best ids of each row with their log-probabilities, best first."""
+    ids = mx.argpartition(logits, kth=-count, axis=-1)[:, -count:]
+    logprobs = mx.minimum(mx.take_along_axis(logits, ids, axis=-1) - total[:, None], 0.0)
+    order = mx.argsort(-logprobs, axis=-1)
+    ids, logprobs = mx.take_along_axis(ids, order, axis=-1), mx.take_along_axis(logprobs, order, axis=-1)
+    rows = zip(np.array(ids).tolist(), np.array(logprobs).tolist(), strict=True)
+    return [tuple(zip(names, nats, strict=True)) for names, nats in rows]
+
+
+def invert(masses: mx.array, draws: mx.array) -> mx.array:
+    """The ids [N] at which the cumulative sums of `masses` [N, V], in vocabulary order, pass the fractions `draws` [N]
+    of their totals: block by block first, so that small masses are not lost in long sums."""
+    size = _block(masses.shape[1])
+    blocks = masses.reshape(len(masses), -1, size)
+    block, inside = _pass(blocks.sum(axis=-1), draws)
+    offset, _ = _pass(mx.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], inside)
+    return (block * size + offset).astype(mx.int32)
 
 
 def soft_rows(reading: Reading, table: Table) -> mx.array:

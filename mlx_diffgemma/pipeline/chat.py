@@ -40,6 +40,7 @@ class Chat:
         ids = self.model.ids(messages, **template)
         lasting = self._lasting(ids, messages, template)
         request = self.model.prepare(ids, **run, **options)
+        request.refuse_choosing()
         request.check_memory(forks=2)  # what the turn goes on from, and what the next one will
         return self._turn(messages, ids, lasting, request)
 
@@ -70,4 +71,4 @@ class Chat:
             known, cache = self._kept
             if len(known) < len(ids) and ids[: len(known)] == known:
                 return cache.fork()
-        return self.model.network.make_cache(canvas_length=request.settings.canvas_length)
+        return self.model.network.make_cache(canvas_length=request.room)

@@ -56,6 +56,9 @@ class StartingFrom:
     def path(self, index: int, step: int) -> mx.array:
         return self.noise.path(index, step)
 
+    def token(self, number: int) -> mx.array:
+        return self.noise.token(number)
+
 
 def of_text(text: str, mark: str, holes: Sequence[Hole]) -> Task:
     """A text with marks. Errors: ConfigError, as `Draft.marked`."""

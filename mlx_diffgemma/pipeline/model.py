@@ -4,6 +4,7 @@ import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack, cast, get_args
@@ -17,7 +18,7 @@ from ..generation.constraint.automaton import Constraint
 from ..generation.constraint.conditioned import Guides
 from ..generation.events import Event, Finished, Prefilled
 from ..generation.noise import Noise, NoiseRecorder, RecordedNoise, SeededNoise
-from ..generation.settings import GenerationConfig, GenerationOptions
+from ..generation.settings import Decoding, GenerationConfig, GenerationOptions
 from ..model import threads
 from ..model.cache import PrefixCache
 from ..model.memory import machine_limit, weight_bytes
@@ -29,12 +30,15 @@ from ..text.tokenizer import Tokenizer
 from ..values import flag, integer, many, optional, shown
 from . import deciding, filling
 from .chat import Chat
+from .choosing import choose
 from .constraints import Asked, Compiled, Compiler, timed
 from .deciding import Decision
 from .drafts import Draft
 from .filling import Start
 from .fitting import check_memory
+from .pace import Pace
 from .results import Answers, Result
+from .scores import TextScores, score_ids
 
 Prompt = str | list[Message] | list[int]
 
@@ -54,6 +58,7 @@ class DiffusionGemma:
     ):
         self.network, self._tokenizer, self.generation_config = network, tokenizer, generation_config
         self.folder, self.memory_limit = folder, memory_limit or machine_limit()
+        self.pace = Pace(self.config.canvas_length)
         self.notices = notices  # what the checkpoint says that does nothing here, in a sentence each
         self._lock = threading.Lock()
 
@@ -156,7 +161,8 @@ class DiffusionGemma:
     ) -> Iterator[Event]:
         """The events of one generation as they happen: Prefilled, Denoised after every step, Committed with the
         text that became visible, Finished with the Result. Closing the iterator stops within a step. Errors: as
-        `generate`, all but BusyError before the first event."""
+        `generate`, all but BusyError before the first event; ConfigError for best_of and retries, which choose among
+        whole answers. Autoregressive decoding gives a Committed for every token, and no Denoised."""
         request = self.prepare(
             prompt,
             seed=seed,
@@ -172,6 +178,7 @@ class DiffusionGemma:
             tool_choice=tool_choice,
             **options,
         )
+        request.refuse_choosing()
         return request.events()
 
     def prepare(
@@ -355,6 +362,39 @@ class DiffusionGemma:
         """A conversation that prefills only what is new in each turn. `options` as in `generate`."""
         return Chat(self, system, options)
 
+    def score(self, text: Prompt, answer: str | None = None, *, stride: int | None = None) -> TextScores:
+        """Log-probability of every token given its left, by the causal pass: of a text (or ids), or of an `answer` to
+        messages (or to a prompt as text), the end of its turn included.
+
+        A text longer than the context is read in windows of the context's length that begin `stride` tokens apart; each
+        token is scored once, in the first window that reaches it.
+        Errors: PromptError for a text without a second token, ids out of range, or one too long without `stride`.
+        """
+        if answer is None:
+            if not isinstance(text, str) and not _is_ids(text):
+                raise PromptError("to score an answer, give messages and `answer`; without it, text or ids.")
+            return self.score_from(self.text_ids(text) if isinstance(text, str) else self.ids(text), 1, stride=stride)
+        asked = self.ids(text)
+        return self.score_from([*asked, *self._answer_ids(answer)], len(asked), stride=stride)
+
+    def text_ids(self, text: str) -> list[int]:
+        """A bare text as the model was trained to read it: behind <bos>."""
+        ids, bos = self.tokenizer.encode(text), self.tokenizer.bos_id
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+    def _answer_ids(self, answer: str) -> list[int]:
+        """An answer, with the stop id that the template ends a turn with."""
+        ids = self.tokenizer.encode(answer)
+        marks = self.ids([{"role": "user", "content": "."}, {"role": "assistant", "content": "."}])
+        ends = [i for i in self.generation_config.stop_ids if i in marks] or list(self.generation_config.stop_ids)
+        return ids + ends[:1]
+
+    def score_from(self, ids: list[int], start: int, *, stride: int | None = None) -> TextScores:
+        """`score` of the ids from number `start` on. Errors: as `score`."""
+        with self.alone():
+            chunk = self.generation_config.prefill_step_size
+            return score_ids(self.network, ids, start=start, chunk=chunk, stride=stride)
+
     def ids(
         self,
         prompt: Prompt,
@@ -408,15 +448,11 @@ class Randomness:
             raise NoiseError(f"noise is {shown(noise)}, expected RecordedNoise, SeededNoise or the like.")
         self.noise = noise
 
-    def of(self, rows: int, length: int, vocabulary: int) -> tuple[Noise, Sequence[int | None]]:
+    def of(self, rows: int, length: int, vocabulary: int, decoding: Decoding) -> tuple[Noise, Sequence[int | None]]:
         """The noise of `rows` rows with canvases of `length`, and their seeds. Errors: PromptError, NoiseError."""
         if self.noise is not None:
-            if isinstance(self.noise, RecordedNoise) and (self.noise.batch_size, self.noise.length) != (rows, length):
-                raise NoiseError(
-                    f"{self.noise.name} is for {self.noise.batch_size} prompts and canvases of {self.noise.length};"
-                    f" this run has {rows} and {length}."
-                )
             if isinstance(self.noise, RecordedNoise):
+                _check_recording(self.noise, rows, length, decoding)
                 self.noise.check(vocabulary)
             return self.noise, [None] * rows
         if self.seeds is not None and len(self.seeds) != rows:
@@ -426,8 +462,19 @@ class Randomness:
         return SeededNoise(seeds, length=length, vocabulary=vocabulary), seeds
 
 
+def _check_recording(noise: RecordedNoise, rows: int, length: int, decoding: Decoding) -> None:
+    """Errors: NoiseError for a recording of another decoding, batch or canvas."""
+    if noise.decoding != decoding:
+        raise NoiseError(f"{noise.name} was recorded of {noise.decoding} decoding; this run's is {decoding}.")
+    if noise.batch_size != rows or (decoding == "diffusion" and noise.length != length):
+        raise NoiseError(
+            f"{noise.name} is for {noise.batch_size} prompts and canvases of {noise.length};"
+            f" this run has {rows} and {length}."
+        )
+
+
 class Request:
-    """What was asked for, checked: `events` runs it, once."""
+    """What was asked for, checked: `events` runs it, once; `run` too, and chooses among answers."""
 
     def __init__(
         self,
@@ -441,13 +488,30 @@ class Request:
         self.model, self.prompts, self.draft = model, prompts, draft
         self.departures: dict[str, Any] = {}  # from the reference, besides those of the settings
         self.settings = self._settings(options)
-        length = self.settings.canvas_length or model.config.canvas_length
-        canvases = engine.count_canvases(model.network, prompts, self.settings, length)
+        self._length = self.settings.canvas_length or model.config.canvas_length
+        tokens = engine.check(model.network, prompts, self.settings)
         self.constraints = self._compiled(asked)
         guides = Guides(self._constraints, len(prompts))
-        guides.check(self.settings, model.config.vocab_size, min(self.settings.max_tokens, canvases * length))
-        self.noise, self.seeds = randomness.of(len(prompts), length, model.config.vocab_size)
+        guides.check(self.settings, model.config.vocab_size, tokens)
+        self.noise, self.seeds = self._noise(randomness)
+        if self.settings.chooses and randomness.noise is not None:
+            raise ConfigError("best_of and retries draw other seeds: with recorded noise there are none.")
         self.check_memory()
+
+    def _noise(self, randomness: Randomness) -> tuple[Noise, Sequence[int | None]]:
+        decoding, vocabulary = self.settings.decoding, self.model.config.vocab_size
+        return randomness.of(len(self.prompts), self._length, vocabulary, decoding)
+
+    @property
+    def room(self) -> int:
+        """Positions that a prefix made for this run keeps free behind itself."""
+        return engine.room(self.settings, self.model.config.canvas_length)
+
+    def refuse_choosing(self) -> None:
+        """Errors: ConfigError when an answer would be chosen among several: there is nothing to show before."""
+        if self.settings.chooses:
+            name = "best_of" if self.settings.best_of > 1 else "retries"
+            raise ConfigError(f"{name} chooses among whole answers, so they cannot be streamed.\nUse generate().")
 
     def _compiled(self, asked: Asked) -> list[Compiled | None]:
         languages, seconds = timed(asked, len(self.prompts))
@@ -467,7 +531,7 @@ class Request:
 
     def check_memory(self, *, forks: int = 0) -> None:
         """Errors: MemoryLimitError when the run does not fit beside so many forks of its prefix."""
-        model, rows = self.model, len(self.prompts)
+        model, rows = self.model, len(self.prompts) * self.settings.best_of
         prefix = max(map(len, self.prompts)) + self.settings.max_tokens
         check_memory(model.config, weight_bytes(model.network), model.memory_limit, prefix, rows=rows, forks=forks)
 
@@ -499,6 +563,7 @@ class Request:
                 constraints=self.constraints,
                 draft=self.draft,
                 departures=self.departures,
+                pace=self.model.pace,
             )
             for event in engine.generate(
                 self.model.network,
@@ -512,10 +577,14 @@ class Request:
             ):
                 if isinstance(event, Prefilled) and event.tokens < event.total:
                     mx.clear_cache()
+                elif isinstance(event, Finished):
+                    self.model.pace.note(event.statistics, rows=len(self.prompts))
                 yield event
 
     def start_from(self, ids: list[int]) -> None:
-        """Let the first canvas begin with `ids`, and not as noise; the statistics say so."""
+        """Let the first canvas begin with `ids`, and not as noise; the statistics say so. Errors: ConfigError."""
+        if self.settings.chooses:
+            raise ConfigError("best_of and retries draw other noise: a canvas that begins as a text has little.")
         stop_id, pad_id = self.settings.stop_ids[0], self.settings.pad_token_id
         self.noise = filling.StartingFrom(self.noise, ids, stop_id=stop_id, pad_id=pad_id)
         self.departures = {"start": "text"}
@@ -530,8 +599,22 @@ class Request:
         return recorder
 
     def run(self) -> list[Result]:
-        """All of it; one Result a row."""
+        """All of it; one Result a prompt: with best_of or retries, of the answer with the best mean log-probability."""
+        if self.settings.chooses:
+            return choose(self.settings, self.seeds, self._answers)
         return next(list(event.results) for event in self.events() if isinstance(event, Finished))
+
+    def _answers(self, prompts: list[int], seeds: list[int]) -> list[Result]:
+        """One batch of answers to the prompts of these numbers, for these seeds."""
+        request = copy(self)
+        request.prompts = [self.prompts[number] for number in prompts]
+        request.constraints = [self.constraints[number] for number in prompts]
+        request.noise, request.seeds = request._noise(Randomness(seeds=seeds))
+        return next(list(event.results) for event in request.events() if isinstance(event, Finished))
+
+
+def _is_ids(prompt: Prompt) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(i, int) for i in prompt)
 
 
 def _is_batch(prompt: Prompt | list[Prompt]) -> bool:

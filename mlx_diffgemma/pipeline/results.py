@@ -11,6 +11,7 @@ from ..generation.events import CanvasRow, Committed, Denoised, Event, Finished,
 from ..text.tokenizer import Tokenizer
 from .constraints import Compiled, Obeyed, obeyed
 from .drafts import Draft
+from .pace import Pace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,19 @@ class Result:
     seed: int | None  # None when the noise was recorded
     constraint: Obeyed | None = None  # how it was held to its constraint, if there was one
     holes: tuple[str, ...] | None = None  # what stands in the holes of a text that was filled in; `text` is all of it
+    hint: str = ""  # whether the other decoding would have been faster, once this process has measured both
+
+    @property
+    def logprobs(self) -> tuple[float, ...] | None:
+        """Log-probability of every token given its left, a stop id included, nats; None without `logprobs`."""
+        parts = [canvas.logprobs for canvas in self.canvases if canvas.logprobs is not None]
+        return tuple(p for part in parts for p in part) if parts else None
+
+    @property
+    def avg_logprob(self) -> float | None:
+        """Their mean, nats a token."""
+        logprobs = self.logprobs
+        return sum(logprobs) / len(logprobs) if logprobs else None
 
     def _repr_html_(self) -> str:
         """The reply, in a notebook."""
@@ -47,8 +61,10 @@ class Answers:
         constraints: Sequence[Compiled | None] | None = None,
         draft: Draft | None = None,
         departures: dict[str, Any] | None = None,
+        pace: Pace | None = None,
     ):
         self.tokenizer, self.seeds, self.draft, self.departures = tokenizer, seeds, draft, departures or {}
+        self.pace = pace
         self.constraints = constraints or [None] * len(prompts)
         self._answers = [_Answer(tokenizer, prompt) for prompt in prompts]
 
@@ -75,6 +91,7 @@ class Answers:
             canvases=canvases,
             statistics=replace(statistics, departures=statistics.departures | self.departures),
             seed=self.seeds[row],
+            hint=self.pace.hint(canvases, statistics) if self.pace and len(self.seeds) == 1 else "",
             constraint=obeyed(made, canvases) if made else None,
             holes=draft.filled(text) if draft else None,
         )
@@ -90,12 +107,14 @@ class _Answer:
         self.shown = ("", "")
 
     def read(self, ids: tuple[int, ...], *, last: bool) -> tuple[str, str]:
-        """The text and the thoughts that became visible. Half a UTF-8 character waits for its rest."""
+        """The text and the thoughts that became visible. Half a UTF-8 character waits for its rest, and so does what
+        it spoils: a run of bytes is one or none. What is shown is never taken back."""
         self.tokens += ids
         text, thinking, _ = self.parts()
         now = (text, thinking or "") if last else (text.rstrip("\ufffd"), (thinking or "").rstrip("\ufffd"))
-        shown, self.shown = self.shown, now
-        return now[0][len(shown[0]) :], now[1][len(shown[1]) :]
+        shown = self.shown
+        self.shown = (_grown(shown[0], now[0], last=last), _grown(shown[1], now[1], last=last))
+        return self.shown[0][len(shown[0]) :], self.shown[1][len(shown[1]) :]
 
     def parts(self) -> tuple[str, str | None, list[dict[str, Any]]]:
         """Text, thinking, tool calls."""
@@ -103,6 +122,13 @@ class _Answer:
             return "", None, []
         parts = self.tokenizer.split(self.tokens, open_channel=self.open_channel)
         return parts.text, parts.thinking, parts.tool_calls
+
+
+def _grown(shown: str, now: str, *, last: bool) -> str:
+    """What is shown next: `now`, if it goes on from what is shown."""
+    if now.startswith(shown):
+        return now
+    return shown + now[len(shown) :] if last else shown
 
 
 # --------------------------------------------------------------------------------------------------- as plain data
@@ -122,6 +148,8 @@ def result_json(result: Result) -> dict[str, Any]:
             "ids": list(result.tokens),
             "finish_reason": result.finish_reason,
             "seed": result.seed,
+            "avg_logprob": result.avg_logprob,
+            "hint": result.hint,
             "canvases": [_canvas_json(canvas) for canvas in result.canvases],
             "statistics": statistics_json(result.statistics),
         }
@@ -157,5 +185,5 @@ def only_row(array: mx.array) -> list[Any]:
 
 
 def _canvas_json(canvas: CanvasRow) -> dict[str, Any]:
-    """Without its text, which stands beside it."""
-    return {name: value for name, value in asdict(canvas).items() if name not in ("text", "thinking")}
+    """Without its text, which stands beside it, and without scores that were not asked for."""
+    return {k: v for k, v in asdict(canvas).items() if k not in ("text", "thinking") and v is not None}

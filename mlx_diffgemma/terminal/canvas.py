@@ -17,12 +17,15 @@ NOISE = "·:∙;~+*-=^°'"
 # style → SGR in colour, SGR without colour, colour in a recording. `likely` and `unsure` grow dimmer with entropy.
 STYLES = {
     "": ("", "", "#d8dee9"),
+    "asked": ("1", "1", "#f2f5f9"),
     "changed": ("1;32", "1", "#a3e635"),
     "pinned": ("34", "4", "#6f9ce8"),  # a constraint leaves no choice there
     "likely": ("2", "2", "#a0a8b7"),
     "unsure": ("90", "2", "#6b7280"),
     "noise": ("2;90", "2", "#454c59"),
     "status": ("36", "", "#5eb7c9"),
+    "doubted": ("33", "4", "#e5c07b"),
+    "odd": ("1;31", "1;4", "#e06c75"),
 }
 
 
@@ -50,7 +53,7 @@ class Painter:
         pinned has a look of its own."""
         before = self.before or best
         cells: list[Cell] = []
-        for i, glyphs in enumerate(self._pieces(best)):
+        for i, glyphs in enumerate(self.pieces(best)):
             if pinned and pinned[i]:
                 cells += [(text, size, "pinned") for text, size in glyphs]
             elif accepted[i] or entropy[i] < NOISY:
@@ -65,14 +68,14 @@ class Painter:
 
     def noise(self, ids: list[int]) -> list[Cell]:
         """A canvas that nobody has looked at: every id is noise, as wide as what it spells."""
-        widths = [max(sum(size for _, size in glyphs), 1) for glyphs in self._pieces(ids)]
+        widths = [max(sum(size for _, size in glyphs), 1) for glyphs in self.pieces(ids)]
         return [(self._noise(i, k), 1, "noise") for i, width in zip(ids, widths, strict=True) for k in range(width)]
 
     def _noise(self, ident: int, k: int) -> str:
         """A glyph that stands for a random id. Not its text: that would push the words about."""
         return NOISE[(ident + 5 * k) % len(NOISE)] if self.color else NOISE[0]
 
-    def _pieces(self, ids: list[int]) -> list[Sequence[Glyph]]:
+    def pieces(self, ids: list[int]) -> list[Sequence[Glyph]]:
         """The glyphs of each id. Bytes of one character are decoded together and shown at the first of them."""
         pieces: list[Sequence[Glyph]] = [self.glyphs((i,)) for i in ids]
         start = 0

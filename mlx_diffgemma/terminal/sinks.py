@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TextIO
 
-from ..generation.events import Committed, Denoised, Event, Finished, Prefilled
+from ..generation.events import CanvasRow, Committed, Denoised, Event, Finished, Prefilled
 from ..pipeline.results import Decode, Result, event_json, only_row
+from . import marks
 from .canvas import Cell, Painter, wrap
 from .console import console
 from .screen import Screen, Terminal
@@ -143,6 +144,8 @@ class Live:
                 self._draw(event)
         elif isinstance(event, Committed):
             self.kept += len(event.rows[0].ids)
+            if event.rows[0].canvas_logprobs is not None:
+                self._draw_scores(event.rows[0])
             self.painter.forget()
             self.screen.commit(self.voice(event))
             if not event.rows[0].reason:
@@ -150,6 +153,13 @@ class Live:
 
     def close(self) -> None:
         self.screen.close()
+
+    def _draw_scores(self, row: CanvasRow) -> None:
+        """The last frame of a canvas whose log-probabilities were asked for: unlikely tokens are marked."""
+        logprobs = row.logprobs or ()
+        lines = wrap(marks.cells(row.ids, logprobs, self.painter), self.screen.size[0])
+        mean = sum(logprobs) / max(len(logprobs), 1)
+        self.screen.draw([*lines[-(self.screen.size[1] - 3) :], [(marks.likelihood(mean), "status")]])
 
     def _draw_noise(self, index: int) -> None:
         """What a canvas is before its first step."""
@@ -215,15 +225,13 @@ def on_stdout(
 
 
 def summary(result: "Result") -> str:
-    """One line: how much, how fast, in how many steps, and what departed from the reference."""
+    """One line: how much, how fast, in how many steps, what departed from the reference, and a hint if there is one."""
     s = result.statistics
-    steps = [canvas.steps for canvas in result.canvases]
-    unsettled = sum(not canvas.settled for canvas in result.canvases)
+    diffusion = s.decoding == "diffusion"
     parts = [
         f"{s.generated_tokens} tokens in {s.denoise_seconds + s.commit_seconds:.2f} s",
         f"{s.tokens_per_second:.1f} tokens/s",
-        f"{sum(steps) / max(len(steps), 1):.1f} steps a canvas" + f" ({unsettled} not settled)" * bool(unsettled),
-        f"{s.seconds_per_step:.3f} s a step",
+        *(_canvases(result) if diffusion else ["token by token"]),
         f"peak {s.peak_memory_bytes / 1e9:.2f} GB",
         f"seed {result.seed}",
     ]
@@ -231,5 +239,22 @@ def summary(result: "Result") -> str:
         obeyed = result.constraint
         parts.append(f"obeyed, log Z {obeyed.log_probability:.2f}, {obeyed.states} states, {obeyed.classes} classes")
         parts += [f"compiled in {obeyed.compile_seconds:.2f} s", *obeyed.notes]
-    departures = [f"not the reference: {name}={value}" for name, value in s.departures.items()]
-    return " · ".join(parts + departures + ["stopped at --max-tokens"] * (result.finish_reason == "length"))
+    if result.avg_logprob is not None:
+        parts.append(f"log-probability {marks.likelihood(result.avg_logprob)}")
+    if s.attempts > 1:
+        parts.append(f"{s.attempts:.3g} answers drawn")
+    parts += [f"{'not the reference: ' * diffusion}{name}={value}" for name, value in s.departures.items()]
+    parts += ["stopped at --max-tokens"] * (result.finish_reason == "length")
+    return " · ".join(parts + [result.hint] * bool(result.hint))
+
+
+def _canvases(result: "Result") -> list[str]:
+    s = result.statistics
+    steps = [canvas.steps for canvas in result.canvases]
+    unsettled = sum(not (canvas.settled or canvas.early) for canvas in result.canvases)
+    return [
+        f"{sum(steps) / max(len(steps), 1):.1f} steps a canvas"
+        + f" ({unsettled} not settled)" * bool(unsettled)
+        + f" ({s.early_canvases} ended early)" * bool(s.early_canvases),
+        f"{s.seconds_per_step:.3f} s a step",
+    ]

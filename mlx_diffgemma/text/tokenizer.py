@@ -51,6 +51,11 @@ class Tokenizer:
         """The id of a token by its exact name, or None."""
         return self.vocabulary.id_of(token)
 
+    @property
+    def bos_id(self) -> int | None:
+        """The id that texts begin with."""
+        return self.id_of(self.beside.texts.get("bos_token") or "<bos>")
+
     def encode(self, text: str) -> list[int]:
         """Text → ids, nothing added. Errors: TokenizerError for half characters."""
         return self.vocabulary.encode(check_text(text, "the text", fault=TokenizerError))

@@ -13,7 +13,7 @@ from mlx_diffgemma.errors import ConfigError
 from mlx_diffgemma.files import tuned
 from mlx_diffgemma.files.shipped import BUILT_IN
 from mlx_diffgemma.model.tuning import DEFAULT, Tuning
-from mlx_diffgemma.pipeline.measuring import Step, by_turns
+from mlx_diffgemma.pipeline.measuring import Step
 from tests import small
 
 Patch = pytest.MonkeyPatch
@@ -76,18 +76,6 @@ def test_no_device_needs_more_than_12_processes() -> None:
         every = tune.trials(gpu=gpu, metal=metal)
         assert sum(1 if trial.together else len(trial.values) for trial in every) + 2 <= 12
         assert {trial.field for trial in every} <= set(tuned.FIELDS)
-
-
-def test_a_real_difference_is_found() -> None:
-    """Attention that takes its queries one by one is slow on every machine."""
-    network = small.network()
-
-    def measure(tunings: Sequence[Tuning]) -> list[list[float]]:
-        return by_turns(network, tunings, 200, 5)
-
-    for values in ((1, 1 << 26), (1 << 26, 1)):
-        trial = tune.Trial(field="scores", values=values, together=True)
-        assert tune.choose(trial, DEFAULT, measure)[0].scores == 1 << 26
 
 
 def test_a_step_is_a_step() -> None:

@@ -86,6 +86,15 @@ def test_half_a_character_waits_for_its_rest(model: DiffusionGemma) -> None:
     assert answers.read(0, half, last=True) == ("b\ufffd", "")
 
 
+def test_a_stream_spells_the_text_where_half_a_character_spoils_what_is_shown(model: DiffusionGemma) -> None:
+    """A run of byte tokens is characters or none: é and half an é are three errors until the other half comes."""
+    first, second = model.tokenizer.encode("é")
+    answers = Answers(model.tokenizer, [[2]], [None])
+    canvases = [(first, second), (first,), (second,)]
+    parts = [answers.read(0, ids, last=i == 2)[0] for i, ids in enumerate(canvases)]
+    assert parts == ["é", "", "é"]
+
+
 def test_chat_prefills_only_what_is_new_and_changes_nothing(model: DiffusionGemma) -> None:
     chat = model.chat(system="Be brief.", max_tokens=20)
     chat.send("Hi", seed=1)
@@ -176,7 +185,7 @@ def test_a_run_is_repeated_from_its_noise(model: DiffusionGemma, tmp_path: Path)
         ("Hi", {"seed": 1, "seeds": [1]}, PromptError, "seed and seeds"),
         (["a", "b"], {"seeds": [1]}, PromptError, "1 seeds for 2 prompts"),
         ("Hi", {"max_new_tokens": 3}, ConfigError, "Did you mean 'max_tokens'"),
-        ("Hi", {"top_p": 0.9}, ConfigError, "unknown generation option 'top_p'"),
+        ("Hi", {"top_p": 0.9}, ConfigError, "top_p would do nothing in diffusion"),
     ],
 )
 def test_what_cannot_be_done_is_refused(

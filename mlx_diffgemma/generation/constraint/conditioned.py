@@ -47,6 +47,10 @@ class Guides:
         and for one without a text of so few `tokens`."""
         if settings.avoid_empty and any(self.constraints):
             raise ConfigError("avoid_empty and a constraint exclude each other: the constraint says what may be empty.")
+        if settings.decoding != "diffusion" and any(self.constraints):
+            raise ConfigError(
+                "a constraint holds canvases, not single tokens.\nLeave it out, or set decoding to 'diffusion'."
+            )
         if settings.free_signal and not any(self.constraints):
             raise ConfigError("free_signal would do nothing: there is no constraint.")
         for made in filter(None, self.constraints):
