@@ -25,7 +25,8 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "LOG.md"))]
 LINKED += [ROOT / "benchmarks" / "README.md", ROOT / "convert" / "README.md"]
-OBEYING = ROOT / "docs" / "constraints.md"  # its examples run in tests/test_docs.py
+# Pages whose commands need another machine, or files: of these only the options are looked at.
+NOT_RUN = [ROOT / "docs" / name for name in ("constraints.md", "on-a-mac.md")]
 OTHERS = ROOT / "docs" / "compared.md"  # names files of other programs
 
 
@@ -68,8 +69,8 @@ def test_the_reference_pages_miss_nothing() -> None:
     for name in write.cli.COMMANDS:
         command = main.get_command(None, name)  # type: ignore[arg-type]
         assert command is not None
-        told = [option for option in command.params if not getattr(option, "hidden", False)]
-        spellings = [spelling for option in told for spelling in option.opts]
+        shown = [option for option in command.params if not getattr(option, "hidden", False)]
+        spellings = [spelling for option in shown for spelling in option.opts if spelling.startswith("-")]
         assert f"## {name}\n" in text and all(spelling in text for spelling in spellings)
     api = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     unions = {"Event", "__version__"}
@@ -178,8 +179,8 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what a reader would have: the download, data for training, another Mac's figures."""
     home = tmp_path_factory.mktemp("reader")
     small.write_checkpoint(home / "released")
+    (home / "letter.txt").write_text("Dear Ada, the ship is late.")
     (home / "my-data").mkdir()
-    (home / "letter.txt").write_text("Dear Zoe,\nthe lamp is ready.\n")
     rows = [{"prompt": f"{i}", "completion": f"{i}!"} for i in range(4)]
     for name in ("train", "valid"):
         (home / "my-data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -209,7 +210,9 @@ SMALLER = {
     "check": "--help",  # most of a minute; test_check.py runs all of it, part by part
 }
 MADE = ("--mlx-path", "--record", "--output", "--save-noise", "--save-path")
-RUN = [page for page in PAGES if page != OBEYING and any(line.startswith("mlx_diffgemma.") for line in commands(page))]
+RUN = [
+    page for page in PAGES if page not in NOT_RUN and any(line.startswith("mlx_diffgemma.") for line in commands(page))
+]
 
 
 @pytest.mark.parametrize("home", RUN, ids=named, indirect=True)
@@ -228,7 +231,17 @@ def test_the_commands_run_in_their_order(home: Path, request: pytest.FixtureRequ
         assert all((home / path).exists() for path in made), line
 
 
-PYTHON = [page for page in PAGES if page != OBEYING and any(kind == "python" for kind, _ in blocks(page))]
+@pytest.mark.parametrize("page", NOT_RUN, ids=named)
+def test_the_options_of_commands_that_are_not_run_exist(page: Path) -> None:
+    for line in (part for line in commands(page) for part in line.split("&&")):
+        name, *args = shlex.split(line, comments=True)
+        command = main.get_command(None, name.removeprefix("mlx_diffgemma."))  # type: ignore[arg-type]
+        assert command, name
+        known = [spelling for option in command.params for spelling in option.opts]
+        assert all(arg in known for arg in args if arg.startswith("-")), line
+
+
+PYTHON = [page for page in PAGES if page not in NOT_RUN and any(kind == "python" for kind, _ in blocks(page))]
 
 
 @pytest.mark.parametrize("home", PYTHON, ids=named, indirect=True)
