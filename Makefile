@@ -7,11 +7,11 @@ WITH := $(if $(BLAS),LD_PRELOAD=$(BLAS))
 RUN := $(WITH) $(BIN)/python -m
 # What `make quick` runs: the algorithm, the prefix, texts, the commands' words.
 QUICK := tests/generation/test_sampler.py tests/generation/test_settings.py tests/generation/test_noise.py \
-	tests/model/test_attention.py tests/model/test_cache.py tests/text tests/pipeline/test_pipeline.py \
-	tests/commands/test_conventions.py
+	tests/model/test_attention.py tests/model/test_cache.py tests/text/test_tokenizer.py tests/text/test_gate.py \
+	tests/pipeline/test_pipeline.py tests/commands/test_conventions.py tests/test_habits.py
 # What needs neither torch nor transformers' models nor mlx-vlm: the package with the oldest dependencies it allows.
-ALONE := tests/commands tests/text tests/terminal tests/pipeline/test_pipeline.py tests/pipeline/test_offline.py \
-	tests/test_tour.py
+ALONE := tests/commands tests/text/test_tokenizer.py tests/text/test_gate.py tests/terminal tests/test_tour.py \
+	tests/pipeline/test_pipeline.py tests/pipeline/test_offline.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -38,11 +38,21 @@ soak: .venv/test
 floors: .venv/floors
 	$(WITH) .venv/floors/bin/python -m pytest $(ALONE)
 
+# Another Python than the environment's, when one is named: it is made anew.
+ifneq ($(origin PYTHON),file)
+OTHER := $(shell [ "`$(BIN)/python -V 2>&1`" = "`$(PYTHON) -V 2>&1`" ] || echo other)
+endif
+
+.PHONY: $(if $(OTHER),.venv/demo)
 .venv/demo: pyproject.toml
-	$(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q -e . && touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, and \
+	$(PYTHON) is `$(PYTHON) -V 2>&1`. Name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@echo "Making .venv and installing MLX and the package: a minute or two, about 300 MB …"
+	@$(PYTHON) -m venv $(if $(OTHER),--clear) .venv && $(BIN)/python -m pip install -q -e . && touch $@
 
 .venv/test: .venv/demo
-	$(BIN)/python -m pip install -q -e '.[test]' && touch $@
+	@echo "Installing what the tests compare with (PyTorch, transformers, mlx-vlm): some minutes …"
+	@$(BIN)/python -m pip install -q -e '.[test]' && touch $@
 
 .venv/floors: .venv/demo
 	$(BIN)/python -m pip install -q uv && $(BIN)/uv venv -q --python $(BIN)/python $@

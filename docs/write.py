@@ -10,6 +10,7 @@ import inspect
 import os
 import textwrap
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import click
@@ -36,7 +37,10 @@ def commands() -> str:
     for name in cli.COMMANDS:
         command = cli.main.get_command(click.Context(cli.main), name)
         assert isinstance(command, cli.Command)
-        context = click.Context(command, info_name=f"mlx_diffgemma.{name}", terminal_width=WIDTH)
+        names = command.context_settings["help_option_names"]
+        context = click.Context(
+            command, info_name=f"mlx_diffgemma.{name}", terminal_width=WIDTH, help_option_names=names
+        )
         parts.append(f"## {name}\n\n```text\n{command.help_all(context).rstrip()}\n```\n")
     return "\n" + "\n".join(parts) + "\n"
 
@@ -68,7 +72,7 @@ def _class(name: str, item: type) -> Iterator[str]:
     for child in node.body:
         if isinstance(child, ast.FunctionDef) and not child.name.startswith("_") and ast.get_docstring(child):
             member = inspect.getattr_static(item, child.name)
-            if isinstance(member, property):
+            if isinstance(member, property | cached_property):
                 yield f"`{name}.{child.name}` → `{_returns(child)}`: {_prose(ast.get_docstring(child))}\n"
             else:
                 yield from _function(f"{name}.{child.name}", getattr(item, child.name), level=3)

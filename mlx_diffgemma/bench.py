@@ -32,6 +32,7 @@ PROMPTS = {
     "long": (PASSAGE * 90 + "\n\nWhat does the keeper write down, and how often? Answer in one sentence.", 64),
 }
 SEED = 1234
+PREFIXES = (300, 8_192, 32_768)  # tokens behind which --steps takes a step to pieces
 WITHOUT = {  # exact ideas that can be left out for comparison, and what takes their place
     "tiles": "all of the vocabulary's logits at once",
     "streams": "the tiles on one CPU stream; nothing changes on a GPU",
@@ -58,6 +59,9 @@ FIGURES = {  # key → what it is called in a table
     "--without", type=click.Choice(list(WITHOUT)), multiple=True, help="Leave out an exact idea; may be repeated."
 )
 @click.option("--output", metavar="FILE", default="bench.json", show_default=True, help="Where the figures go.")
+@click.option("--steps", is_flag=True, help="Take a step to pieces too: its parts, its limits, and one after a pause.")
+@click.option("--pause", type=click.FloatRange(0), default=60.0, show_default=True, help="Seconds, for --steps.")
+@click.option("--report", metavar="FILE", help="Measure nothing: print a file of figures as a text for an issue.")
 @click.option("--compare", nargs=2, metavar="A.json B.json", help="Measure nothing: print two files side by side.")
 def main(
     source: dict[str, Any],
@@ -65,11 +69,18 @@ def main(
     only: tuple[str, ...],
     without: tuple[str, ...],
     output: str,
+    steps: bool,
+    pause: float,
+    report: str | None,
     compare: tuple[str, str] | None,
 ) -> None:
     """Measure generation on this machine, by the reference algorithm and fixed seeds; medians of the runs."""
     if compare:
         _table(*(_read(file) for file in compare), names=compare)
+        return
+    if report is not None:
+        _read(report, "--report")
+        click.echo(as_text(read_json(existing_file(report, "--report"), fault=ConfigError)))
         return
     target = new_file(output, "--output")
     begun = time.perf_counter()
@@ -86,11 +97,70 @@ def main(
             found[name] = measure(loaded, *prompts[name], repeat)
         except PromptError as error:  # a prompt longer than a small model's context
             found[name] = {"left_out": str(error)}
-    report = about | {"without": list(without), "prompts": found}
+    figures: dict[str, Any] = about | memory() | {"without": list(without), "prompts": found}
+    if steps:
+        figures["steps"] = take_apart(loaded, pause)
     with replacing(target, "w") as stream:
-        stream.write(json.dumps(report, indent=1) + "\n")
-    _table(report)
+        stream.write(json.dumps(figures, indent=1) + "\n")
+    _table(figures)
+    if steps:
+        click.echo("\n".join(map(_step_as_text, figures["steps"])))
     click.echo(f"Written to {output}. To compare: mlx_diffgemma.bench --compare {output} OTHER.json")
+
+
+def memory() -> dict[str, Any]:
+    """What MLX holds now, what it held at most, what Metal keeps wired, and what MLX says about the device."""
+    import mlx.core as mx
+
+    from .model import wiring
+
+    return {
+        "active_bytes": mx.get_active_memory(),
+        "cached_bytes": mx.get_cache_memory(),
+        "peak_bytes": mx.get_peak_memory(),
+        "wired_bytes": wiring.wired(),
+        "device_info": {name: value for name, value in mx.device_info().items() if isinstance(value, int | str)},
+    }
+
+
+def take_apart(model: "DiffusionGemma", pause: float) -> list[dict[str, Any]]:
+    """A step behind each of PREFIXES that fits; the pause comes once."""
+    from .model.memory import memory_needed, weight_bytes
+    from .pipeline.measuring import anatomy
+
+    config, weights = model.config, weight_bytes(model.network)
+    limit = config.max_position_embeddings - config.canvas_length
+    lengths = sorted({min(prefix, limit) for prefix in PREFIXES})
+    fitting = [n for n in lengths if memory_needed(config, weights, n) <= model.memory_limit]
+    return [anatomy(model.network, prefix, pause if prefix == fitting[0] else 0.0) for prefix in fitting]
+
+
+def _step_as_text(step: dict[str, Any]) -> str:
+    parts = ", ".join(f"{name} {1e3 * seconds:.3g}" for name, seconds in step["parts"].items())
+    limits = ", ".join(f"{name} {1e3 * seconds:.3g}" for name, seconds in step["limits"].items())
+    named = (("typical", "a step"), ("first", "the first"), ("twentieth", "the twentieth"))
+    taken = ", ".join(f"{word} {1e3 * step[key]:.4g}" for key, word in named)
+    return (
+        f"Behind {step['prefix']} tokens, ms: {taken},"
+        f" one after {step['pause']:.0f} s {1e3 * step['after_a_pause']:.4g}\n"
+        f"  parts, each waited for: {parts}\n"
+        f"  at least: {limits}; a step is {step['times_the_limit']:.1f} × its limit, {step['limit']};"
+        f" {step['kernels']} kernels"
+    )
+
+
+def as_text(figures: dict[str, Any]) -> str:
+    """A file of figures as Markdown, to be pasted into an issue."""
+    about = ("chip", "system", "mlx", "mlx_diffgemma", "device", "model", "recipe", "tuning", "weight_bytes")
+    about += ("wired_bytes", "active_bytes", "cached_bytes", "peak_bytes", "load_seconds", "device_info")
+    lines = [f"- {name}: {figures[name]}" for name in about if name in figures]
+    lines += ["", "| prompt | " + " | ".join(FIGURES.values()) + " |", "|---" * (len(FIGURES) + 1) + "|"]
+    for name, run in figures["prompts"].items():
+        if "left_out" not in run:
+            scaled = [run[key] * (1e-9 if key.endswith("_bytes") else 1) for key in FIGURES]
+            lines.append(f"| {name} | " + " | ".join(f"{value:.3g}" for value in scaled) + " |")
+    lines += ["", *(_step_as_text(step) for step in figures.get("steps", ()))]
+    return "\n".join(lines).strip()
 
 
 def own_prompts() -> dict[str, tuple[str, int]]:
@@ -165,6 +235,8 @@ def describe(model: "DiffusionGemma", name: str | None) -> dict[str, Any]:
         "recipe": recipe or str(arrays[0].dtype).removeprefix("mlx.core."),
         "weight_bytes": weight_bytes(model.network),
         "canvas_length": model.config.canvas_length,
+        "tuning": model.network.tuning.fingerprint,
+        "notices": list(model.notices),
     }
 
 
@@ -179,10 +251,10 @@ _REPORT = Table(
 )
 
 
-def _read(file: str) -> dict[str, Any]:
+def _read(file: str, option: str = "--compare") -> dict[str, Any]:
     """A file that this command wrote. Errors: ConfigError."""
-    path = existing_file(file, "--compare")
-    return _REPORT.read(read_json(path, fault=ConfigError), f"--compare {file}")
+    path = existing_file(file, option)
+    return _REPORT.read(read_json(path, fault=ConfigError), f"{option} {file}")
 
 
 def _table(*reports: dict[str, Any], names: tuple[str, ...] = ("",)) -> None:

@@ -1,7 +1,8 @@
 """`mlx_diffgemma.check`: does this installation, on this device, compute what the reference computes?
 
-Three parts: recordings of transformers are replayed; products and attention of the shapes the model uses, ragged edges
-included, are compared with the same in float64; and a pack of the released model is compared with its published logits.
+Four parts: recordings of transformers are replayed; products and attention of the shapes the model uses, ragged edges
+included, are compared with the same in float64; so is what only a device can show; and a pack of the released model is
+compared with its published logits.
 """
 
 import dataclasses
@@ -25,13 +26,19 @@ if TYPE_CHECKING:
 def main(model: str | None, as_json: bool) -> None:
     """Compare what this installation computes with recordings of the reference. Exit status 1 if anything differs."""
     os.environ.setdefault("MLX_ENABLE_TF32", "0")  # the recordings are float32; MLX reads this at its first product
+    from .proof.device import device
     from .proof.machine import machine
     from .proof.products import products
     from .proof.replay import replay
 
     found: list[Finding] = []
-    for findings in (replay(), products(), _published(model)):
-        own = list(findings)
+    for title, findings in (
+        ("recordings of the reference", replay()),
+        ("products and attention", products()),
+        ("this device", device()),
+        ("published logits", _published(model)),
+    ):
+        own = list(findings if as_json else _watched(title, findings))
         if not as_json:
             say(own)
         found += own
@@ -39,9 +46,30 @@ def main(model: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"passed": passed, **machine(), "findings": [as_dict(finding) for finding in found]}))
     else:
-        wrong = "This installation is WRONG: do not trust what it generates, and report the output of --json."
-        click.echo("This installation computes what the reference computes." if passed else wrong)
+        click.echo("This installation computes what the reference computes." if passed else _report(found))
     click.get_current_context().exit(0 if passed else 1)
+
+
+def _watched(title: str, findings: "Iterator[Finding]") -> "Iterator[Finding]":
+    """The same, with the part and the last check shown while the next one runs."""
+    from .terminal.console import console
+
+    with console(stderr=True).status(f"Checking {title}") as status:
+        for number, finding in enumerate(findings, 1):
+            status.update(f"Checking {title}: {number}, {finding.name}")
+            yield finding
+
+
+def _report(found: list["Finding"]) -> str:
+    """What a departure means, and where to take it."""
+    from importlib.metadata import version
+
+    wrong = {finding.part for finding in found if finding.passed is False}
+    whose = "MLX's (github.com/ml-explore/mlx)" if wrong <= {"products", "device"} else "this project's"
+    return (
+        "This installation is WRONG: do not trust what it generates.\n"
+        f"With MLX {version('mlx')}; report the output of mlx_diffgemma.check --json in {whose} issues."
+    )
 
 
 def _published(model: str | None) -> "Iterator[Finding]":

@@ -36,6 +36,7 @@ COMMANDS = {
     "check": "Check this installation and a model against the recorded reference.",
     "evaluate": "Run tasks of EleutherAI's lm-eval.",
     "bench": "Measure this machine; compare two measurements.",
+    "tune": "Measure how this machine likes the work cut, once, and remember it.",
     "train": "Fine-tune with LoRA or in full, by the denoising objective.",
     "fuse": "Merge a LoRA adapter into its model.",
 }
@@ -60,7 +61,7 @@ class Command(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for option in self.get_params(ctx):
-            if line := option.get_help_record(ctx):
+            if isinstance(option, click.Option) and (line := option.get_help_record(ctx)):
                 sections.setdefault(getattr(option, "section", ""), []).append(line)
         for section, lines in sorted(sections.items(), key=lambda item: _LAST.find(item[0] or "-")):
             if self.everything or not section:
@@ -236,6 +237,12 @@ _LOADING: dict[str, dict[str, Any]] = {
         "type": click.Choice(["auto", "packed", "bf16"]),
         "help": "All but the experts: as in the pack, or unpacked (same values, faster, larger).  [default: auto]",
     },
+    "no_tuned": {
+        "section": "Machine",
+        "is_flag": True,
+        "default": None,
+        "help": "Not as mlx_diffgemma.tune chose, but by the defaults.",
+    },
     "memory_limit": {
         "section": "Machine",
         "type": Number(0, min_open=True),
@@ -260,6 +267,7 @@ def open_model(source: dict[str, Any], *, quiet: bool = False) -> "DiffusionGemm
     """Load the model, or the built-in one with a line that says how to get the real one."""
     from rich.text import Text
 
+    from .model.tuning import DEFAULT
     from .pipeline.loading import load
     from .terminal.console import console
 
@@ -269,7 +277,10 @@ def open_model(source: dict[str, Any], *, quiet: bool = False) -> "DiffusionGemm
             "The small built-in model. The real one: mlx_diffgemma.convert, then --model PATH (README: The real model)",
             style="dim",
         )
-    options = {name: value for name, value in source.items() if name not in ("model", "memory_limit", "ignore_key")}
+    own = ("model", "memory_limit", "ignore_key", "no_tuned")
+    options = {name: value for name, value in source.items() if name not in own}
+    if "no_tuned" in source:
+        options["tuning"] = DEFAULT
     if "memory_limit" in source:
         options["memory_limit"] = max(int(source["memory_limit"] * 1e9), 1)
     with stderr.status(Text(f"Loading {source.get('model', 'the built-in model')}")):
@@ -315,7 +326,8 @@ _GENERATION: dict[str, dict[str, Any]] = {
     "temperature": {"type": _NUMBER, "metavar": "X", "help": "Of the schedule: 1 is the reference, 0 --greedy."},
     "decoding": {
         "type": click.Choice(["diffusion", "autoregressive"]),
-        "help": "A canvas at a time, or token by token.  [default: diffusion]",
+        "metavar": "WAY",
+        "help": "diffusion, or autoregressive: token by token.",
     },
     "extra_eos_token": {
         "section": _PROMPT,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import command, model_options, open_model
+from .cli import Option, command, model_options, open_model
 from .errors import PromptError
 from .obeying import read_text, text_of
 from .readers import parse_json
@@ -24,10 +24,26 @@ if TYPE_CHECKING:
 @click.option("-p", "--prompt", metavar="TEXT|@FILE", help="One question with its matter, for --choice.")
 @click.option("--choice", "choices", multiple=True, metavar="TEXT", help="A label of --prompt: give it once for each.")
 @click.option(
-    "--one-order", is_flag=True, help="List the labels in one order, and do not average over all cyclic ones."
+    "--one-order",
+    cls=Option,
+    section="Reading",
+    is_flag=True,
+    help="List the labels in one order, and do not average over all cyclic ones.",
 )
-@click.option("--calibrate", is_flag=True, help="Divide by what the labels get when nothing is asked about.")
-@click.option("--canvas-length", type=click.IntRange(1), help="Tokens of the canvas.  [default: the longest label's]")
+@click.option(
+    "--calibrate",
+    cls=Option,
+    section="Reading",
+    is_flag=True,
+    help="Divide by what the labels get when nothing is asked about.",
+)
+@click.option(
+    "--canvas-length",
+    cls=Option,
+    section="Reading",
+    type=click.IntRange(1),
+    help="Tokens of the canvas.  [default: the longest label's]",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the canvas's noise.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list with everything.")
 def main(source: dict[str, Any], as_json: bool, one_order: bool, **wanted: Any) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import command, generation_options, model_options, open_model
+from .cli import Option, command, generation_options, model_options, open_model, run_options
 from .disk import new_file, replacing
 from .obeying import read_text
 
@@ -32,24 +32,30 @@ class Lines(click.ParamType):
 @click.option("-p", "--prompt", required=True, metavar="TEXT", help="What is to become of them.")
 @click.option(
     "--start",
+    cls=Option,
+    section="Not the reference (reported in the result)",
     type=click.Choice(["noise", "text"]),
     default="noise",
     help="How the canvas begins: as noise; or, not the reference, as the text was.",
     show_default=True,
 )
-@click.option("--write", is_flag=True, help="Change the file; without it the change is only shown.")
+@click.option("--write", is_flag=True, help="Change the file, not only show the change.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the change and nothing else.")
 @generation_options
 def main(file: str, lines: tuple[int, int], prompt: str, start: Any, write: bool, quiet: bool, **rest: Any) -> None:
     """Write some lines of FILE anew and print the change as a diff; all other lines stay as they are."""
     from .pipeline.drafts import check_lines
 
+    if "template_options" in rest["options"]:
+        raise click.UsageError("--template-options would do nothing: an edit writes its own prompt.")
     old = read_text(file, "FILE")
     check_lines(old, lines)
     if write:
         new_file(file, "FILE")
     model = open_model(rest["source"], quiet=quiet)
-    request = model.prepare_edit(old, lines=lines, instruction=prompt, start=start, **rest["options"])
+    request = model.prepare_edit(
+        old, lines=lines, instruction=prompt, start=start, **run_options(model, rest["options"])
+    )
     new = _run(request, quiet)
     changes = difflib.unified_diff(_lines(old), _lines(new), f"a/{file}", f"b/{file}")
     for change in changes:

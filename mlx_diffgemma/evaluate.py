@@ -1,12 +1,13 @@
 """`mlx_diffgemma.evaluate`: tasks of EleutherAI's lm-eval, with mlx_lm's option names."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import command, generation_options, model_options, open_model, run_options
+from .cli import Option, command, generation_options, model_options, open_model, run_options
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,9 +19,31 @@ if TYPE_CHECKING:
 @click.option("--tasks", required=True, metavar="A,B|FOLDER", help="Tasks by name, or a folder of task files.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only so many questions of each task.")
 @click.option("--num-shots", type=click.IntRange(0), metavar="N", help="Examples before each question.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Texts at a time.")
-@click.option("--output-dir", metavar="FOLDER", default=".", show_default=True, help="Where the JSON goes.")
-@click.option("--apply-chat-template/--no-chat-template", default=True, help="Questions as a user's message.")
+@click.option(
+    "--batch-size",
+    cls=Option,
+    section="Run",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Texts at a time.",
+)
+@click.option(
+    "--output-dir",
+    cls=Option,
+    section="Run",
+    metavar="FOLDER",
+    default=".",
+    show_default=True,
+    help="Where the JSON goes.",
+)
+@click.option(
+    "--apply-chat-template/--no-chat-template",
+    cls=Option,
+    section="Run",
+    default=True,
+    help="Questions as a user's message.",
+)
 @generation_options
 def main(
     source: dict[str, Any],
@@ -67,8 +90,8 @@ def evaluate(
     """lm-eval's results, without the samples. Errors: ConfigError without lm-eval, for a task that is not there, and
     for one whose questions have to be fetched and cannot be."""
     try:
-        import lm_eval  # pyright: ignore[reportMissingImports]
-        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+        lm_eval: Any = import_module("lm_eval")
+        task_manager: Any = import_module("lm_eval.tasks").TaskManager
 
         from .pipeline.harness import Harness
     except ImportError:
@@ -76,7 +99,7 @@ def evaluate(
     options = dict(options)
     harness = Harness(model, batch_size=batch_size, seed=options.pop("seed", 0), options=options)  # pyright: ignore[reportArgumentType]
     folder = Path(tasks) if Path(tasks).is_dir() else None
-    manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
+    manager = task_manager(include_path=str(folder) if folder else None, include_defaults=folder is None)
     names = sorted(manager.all_tasks) if folder else tasks.split(",")
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise ConfigError(f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them.")

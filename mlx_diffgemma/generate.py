@@ -163,6 +163,7 @@ class Reply:
         if self.noise is not None:
             chosen["noise"] = RecordedNoise.load(existing_file(self.noise, "--noise"))
         template = {"enable_thinking": self.thinking, "sanitize_control_tokens": self.sanitize_control_tokens}
+        template |= {"template_options": chosen.pop("template_options", None)}
         return self.obeying.request(model, asked, template=template, run_options=chosen)
 
     def run(self, model: "DiffusionGemma", request: "Request", pace: "Pace", recording: "Recording | None") -> "Result":

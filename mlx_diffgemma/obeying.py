@@ -28,7 +28,8 @@ _OBEYING: dict[str, dict[str, Any]] = {
 
 def obeying_options(function: Callable[..., None]) -> Callable[..., None]:
     """What `Obeying` takes, handed over as one dict `obeying` that holds what the user set and nothing else."""
-    return gathered(function, "obeying", _OBEYING, {"choices": ["--choice"]})
+    table = {name: {"section": "An answer that obeys", **settings} for name, settings in _OBEYING.items()}
+    return gathered(function, "obeying", table, {"choices": ["--choice"]})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,8 @@ class Obeying:
             return model.prepare(asked, **template, **self._constraint, **run_options)
         if template["enable_thinking"]:
             raise click.UsageError("--thinking does not go with a text to fill in: the canvas holds that text alone.")
+        if asked is None and template["template_options"]:
+            raise click.UsageError("--template-options would do nothing: there is no prompt.")
         asked = None if asked is None else model.ids(asked, **template)
         return model.prepare_fill(**self._texts, prompt=asked, **run_options)
 

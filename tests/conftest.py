@@ -1,6 +1,7 @@
 """What the tests share: figures worth reading after a run."""
 
 import os
+import tempfile
 from collections.abc import Callable
 
 import hypothesis
@@ -8,6 +9,8 @@ import pytest
 
 # The tests' bounds are float32's; an M5 would multiply in TF32. MLX reads this at its first product.
 os.environ["MLX_ENABLE_TF32"] = "0"
+# What somebody tuned on this machine is not what the tests are about.
+os.environ["MLX_DIFFGEMMA_CACHE"] = os.path.join(tempfile.gettempdir(), f"mlx_diffgemma-tests-{os.getpid()}")
 
 # The same examples on every run, and no test that depends on how busy the machine is.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)

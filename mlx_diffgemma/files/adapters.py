@@ -12,11 +12,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
 from ..disk import replacing, user_path
 from ..errors import CheckpointError, ConfigError
+from ..model.expert_linear import ExpertLinear, QuantizedExpertLinear
 from ..model.network import Network, leaves
 from ..readers import read_json
 from ..values import Field, Table, integer, many, number, one_of
@@ -61,9 +60,26 @@ def attach(network: Network, lora: Lora, *, seed: int = 0) -> None:
 
 
 def _adapted(module: nn.Module, lora: Lora) -> nn.Module:
-    stacked = isinstance(module, SwitchLinear | QuantizedSwitchLinear)
+    from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+
+    stacked = isinstance(module, ExpertLinear | QuantizedExpertLinear)
     make: Any = LoRASwitchLinear.from_base if stacked else LoRALinear.from_base
-    return make(module, r=lora.rank, dropout=0.0, scale=lora.scale)
+    return make(_of_mlx_lm(module) if stacked else module, r=lora.rank, dropout=0.0, scale=lora.scale)
+
+
+def _of_mlx_lm(module: ExpertLinear | QuantizedExpertLinear) -> nn.Module:
+    """mlx-lm's layer of the same arrays, which its adapters know how to merge."""
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    if isinstance(module, ExpertLinear):
+        made: Any = SwitchLinear(1, 1, 1, bias=False)
+    else:
+        how = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+        made = QuantizedSwitchLinear(128, 128, 1, bias=False, **how)
+        made.scales, made.biases = module.scales, module.get("biases")
+    made.weight = module.weight
+    made.freeze()
+    return made
 
 
 def save(network: Network, lora: Lora, folder: Path) -> None:

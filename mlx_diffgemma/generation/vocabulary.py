@@ -17,13 +17,14 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 import numpy as np
 
-from ..model.table import Table, block_scores, mix, scaled, scores, shaped, unpacked_dtype
+from ..model.table import Runs, Table, block_scores, mix, scaled, scores, shaped, unpacked_dtype
 from ..model.tuning import DEFAULT, Tuning
 
 PARTS = 4  # of the vocabulary: what streams and machines share
 FOLD = 8_192  # ids that are summed at once
 BLOCK = 256  # ids per entry of the first stage of sampling
 STREAMS = tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(2))  # see lanes
+COLUMNS = mx.array([0, 1, 2])
 LOWEST = -1e30  # stands for −∞ where ∞ − ∞ would be NaN
 HALF_UNIT = {mx.float32: 2**-25, mx.bfloat16: 2**-9, mx.float16: 2**-12}  # relative, just below 1
 
@@ -49,7 +50,7 @@ class Shaping:
     positions: mx.array | None = None  # bool [N]: where `forbidden` applies
 
     def __call__(self, scores: mx.array, ids: mx.array) -> mx.array:
-        """Scores [N, n] of the `ids` ([n], or [N, n]) → float32 shaped logits [N, n]."""
+        """Scores [..., N, n] of the `ids`, which broadcast to them → float32 shaped logits [..., N, n]."""
         logits = shaped(scores, mx.array(self.cap, mx.float32), mx.array(self.temperature))
         if not self.forbidden or self.positions is None:
             return logits
@@ -209,27 +210,32 @@ def _walk(x: mx.array, table: Table, shaping: Shaping, with_signal: bool, tuning
     """The sums for x [N, H]. Streams share the parts, and walk theirs in step with one another."""
     size = table.weight.shape[0]
     streams = lanes(size, tuning)
-    parts: list[_Run | None] = [None] * PARTS
-    for round_ in zip_longest(*(_tiles(size, tuning.tile, share) for share in _shares(len(streams)))):
+    runs: dict[int, _Run] = {}  # by the first of the parts that are walked abreast
+    for round_ in zip_longest(*(_tiles(size, tuning.ids_at_once, share) for share in _shares(len(streams)))):
         # Wait for the round before: MLX would else compute every tile's logits first, and hold them all.
-        before = [array for run in parts if run is not None for array in run.state]
-        for folds, stream in zip(round_, streams, strict=True):
-            if folds:
+        before = [array for run in runs.values() for array in run.state]
+        for tile, stream in zip(round_, streams, strict=True):
+            if tile:
                 with mx.stream(stream):
-                    _add(parts, mx.depends(x, before) if before else x, table, shaping, folds, with_signal)
-    return reduce(_Run.join, filter(None, parts))
+                    _add(runs, mx.depends(x, before) if before else x, table, shaping, tile, with_signal)
+    groups = [runs[part] for part in sorted(runs)]
+    whole = reduce(_Run.join, [one for group in groups for one in group.each()])
+    return replace(whole, blocks=tuple(blocks for group in groups for blocks in group.blocks))
 
 
 def _add(
-    parts: "list[_Run | None]", x: mx.array, table: Table, shaping: Shaping, folds: "list[_Fold]", with_signal: bool
+    runs: "dict[int, _Run]", x: mx.array, table: Table, shaping: Shaping, tile: "_Tile", with_signal: bool
 ) -> None:
-    """Score the ids of some neighbouring folds at once, and join each fold to its part."""
-    start, stop = folds[0].ids.start, folds[-1].ids.stop
-    logits = shaping(scores(x, table, slice(start, stop)), mx.arange(start, stop))  # [N, n]
-    for fold in folds:
-        ids = slice(fold.ids.start - start, fold.ids.stop - start)
-        new, old = _Run.of(logits[:, ids], table, fold.ids, with_signal), parts[fold.part]
-        parts[fold.part] = new if old is None else old.join(new)
+    """Score the ids of a tile at once, and join each of its folds to the parts."""
+    first, size, count, apart = whole = tile.runs
+    ids = mx.arange(first, first + size) + apart * mx.arange(count)[:, None, None]  # [parts, 1, n]
+    made = scores(x, table, whole)
+    logits = shaping(made if made.ndim > 2 else made[None], ids)  # [parts, N, n]
+    for fold in tile.folds:
+        inside = slice(fold.ids.start - first, fold.ids.stop - first)
+        these = Runs(fold.ids.start, fold.ids.stop - fold.ids.start, count, apart)
+        new, old = _Run.of(logits[:, :, inside], table, these, with_signal), runs.get(tile.folds[0].part)
+        runs[fold.part] = new if old is None else old.join(new)
 
 
 class _Fold(NamedTuple):
@@ -247,16 +253,41 @@ def _folds(vocabulary: int, part: int) -> Iterator[_Fold]:
     return (_Fold(part, slice(first, min(first + step, stop))) for first in range(start, stop, step))
 
 
-def _tiles(vocabulary: int, tile: int, parts: range) -> Iterator[list[_Fold]]:
-    """The folds of neighbouring parts, as many at a time as a tile holds."""
-    taken: list[_Fold] = []
-    for fold in (fold for part in parts for fold in _folds(vocabulary, part)):
-        if taken and fold.ids.stop - taken[0].ids.start > tile:
-            yield taken
-            taken = []
-        taken.append(fold)
-    if taken:
-        yield taken
+class _Tile(NamedTuple):
+    """What is scored at once: neighbouring folds of one part, and the same ones of the parts walked abreast with it."""
+
+    folds: list[_Fold]  # the first part's
+    count: int  # of parts
+    apart: int  # ids from part to part
+
+    @property
+    def runs(self) -> Runs:
+        first = self.folds[0].ids.start
+        return Runs(first, self.folds[-1].ids.stop - first, self.count, self.apart)
+
+
+def _tiles(vocabulary: int, tile: int, parts: range) -> Iterator[_Tile]:
+    """The folds of these parts, as many at a time as a tile holds; whole parts abreast before neighbouring folds."""
+    abreast = _abreast(vocabulary, tile, len(parts))
+    for first in parts[::abreast]:
+        taken: list[_Fold] = []
+        for fold in _folds(vocabulary, first):
+            if taken and abreast * (fold.ids.stop - taken[0].ids.start) > tile:
+                yield _Tile(taken, abreast, vocabulary // PARTS)
+                taken = []
+            taken.append(fold)
+        if taken:
+            yield _Tile(taken, abreast, vocabulary // PARTS)
+
+
+def _abreast(vocabulary: int, tile: int, parts: int) -> int:
+    """How many parts are walked abreast, in one array: more where a tile holds a fold of each and all are of one size.
+    Every kernel works for all of them."""
+    block = _block(vocabulary)
+    if vocabulary // block % PARTS:
+        return 1
+    fold = max(fold.ids.stop - fold.ids.start for fold in _folds(vocabulary, 0))
+    return next(count for count in (4, 2, 1) if count == 1 or (parts % count == 0 and count * fold <= tile))
 
 
 def _shares(lanes: int) -> list[range]:
@@ -267,7 +298,7 @@ def _shares(lanes: int) -> list[range]:
 def lanes(vocabulary: int, tuning: Tuning) -> Sequence[mx.Stream | mx.ThreadLocalStream]:
     """The streams that share the parts: a CPU stream is one thread, a GPU works on everything at once."""
     device, streams = mx.default_device(), min(tuning.streams, len(STREAMS))
-    if device.type == mx.cpu and streams > 1 and vocabulary >= streams * tuning.tile:
+    if device.type == mx.cpu and streams > 1 and vocabulary >= streams * tuning.ids_at_once:
         return STREAMS[:streams]
     return [mx.default_stream(device)]
 
@@ -279,87 +310,108 @@ def _block(vocabulary: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """Sums over a run of ids, for N positions, about the run's largest logit.
+    """Sums over a run of ids, for N positions, about the run's largest logit; of several runs with a first axis more.
 
     With w = exp(logit − maximum): `mass` = Σ w, `slope` = Σ w · (logit − maximum), so that the entropy is
     log mass − slope / mass. `soft_mass` and `soft` belong to the signal, whose logits are rounded to the
-    table's dtype; without signal they are None.
+    table's dtype; without signal they are not there.
     """
 
     dtype: mx.Dtype  # the table's
     maximum: mx.array  # [N]
     best: mx.array  # [N] int32
-    mass: mx.array  # [N]
-    slope: mx.array  # [N]
-    soft_mass: mx.array | None  # [N]
-    soft: mx.array | None  # [N, H]
-    blocks: tuple[tuple[mx.array, mx.array], ...]  # per tile: mass per block [N, n], and its maximum [N]
+    sums: mx.array  # [N, 3]: mass, slope, soft mass
+    soft: mx.array | None  # [N, H], float32 once two are joined
+    blocks: tuple["_Blocks", ...]  # one for each run of parts abreast
 
     @classmethod
-    def of(cls, logits: mx.array, table: Table, ids: slice, with_signal: bool) -> "_Run":
-        """One tile of shaped logits [N, n]."""
+    def of(cls, logits: mx.array, table: Table, runs: Runs, with_signal: bool) -> "_Run":
+        """One fold of shaped logits [parts, N, n], in each part."""
         maximum = logits.max(axis=-1)
-        weight, slopes = _weights(logits, maximum[:, None])
-        blocks = weight.reshape(len(weight), -1, _block(table.weight.shape[0])).sum(axis=-1)
-        dtype, soft_mass, soft = unpacked_dtype(table), None, None
+        weight, slopes = _weights(logits, maximum[..., None])
+        blocks = weight.reshape(*weight.shape[:2], -1, _block(table.weight.shape[0])).sum(axis=-1)
+        dtype, soft = unpacked_dtype(table), None
+        sums = [blocks.sum(axis=-1), slopes.sum(axis=-1)]
         if with_signal:
-            if dtype != mx.float32:
-                weight = _rounded_weights(logits, maximum[:, None], mx.zeros((), dtype))
-            soft_mass, soft = weight.sum(axis=-1), mix(weight.astype(dtype), table, ids).astype(mx.float32)
+            like = mx.zeros((), dtype)
+            whole, rounded = (
+                (weight, weight) if dtype == mx.float32 else _rounded_weights(logits, maximum[..., None], like)
+            )
+            sums.append(whole.sum(axis=-1))
+            soft = mix(rounded, table, runs)
+        starts = mx.array([[runs.first + runs.apart * part] for part in range(runs.count)], mx.int32)
         return cls(
             dtype=dtype,
             maximum=maximum,
-            best=ids.start + logits.argmax(axis=-1).astype(mx.int32),
-            mass=blocks.sum(axis=-1),
-            slope=slopes.sum(axis=-1),
-            soft_mass=soft_mass,
+            best=_moved(logits.argmax(axis=-1), starts),
+            sums=mx.stack(sums, axis=-1),
             soft=soft,
-            blocks=((blocks, maximum),),
+            blocks=(_Blocks(masses=(blocks,), maxima=(maximum,)),),
         )
 
     def join(self, later: "_Run") -> "_Run":
         """The sums over both runs; the ids of `later` come after."""
-        maximum = mx.maximum(self.maximum, later.maximum)
-        a, b = self._about(maximum), later._about(maximum)
-        return replace(
-            a,
-            best=mx.where(later.maximum > self.maximum, b.best, a.best),
-            mass=a.mass + b.mass,
-            slope=a.slope + b.slope,
-            soft_mass=None if a.soft_mass is None or b.soft_mass is None else a.soft_mass + b.soft_mass,
-            soft=None if a.soft is None or b.soft is None else a.soft + b.soft,
-            blocks=a.blocks + b.blocks,
-        )
-
-    def _about(self, maximum: mx.array) -> "_Run":
-        """The same sums about a larger maximum."""
-        shift = self.maximum - maximum
-        shrink = mx.exp(shift)
-        soft_shrink = mx.exp(_rounded(self.maximum, self.dtype) - _rounded(maximum, self.dtype))
+        maximum, like = mx.maximum(self.maximum, later.maximum), mx.zeros((), self.dtype)
+        own, others, both = self.maximum[..., None], later.maximum[..., None], maximum[..., None]
+        column = COLUMNS[: self.sums.shape[-1]]
+        soft = None
+        if self.soft is not None and later.soft is not None:
+            shrink = _soft_shrink(own, others, both, COLUMNS[:2], like)
+            soft = _weighted(shrink[..., :1], self.soft, shrink[..., 1:], later.soft)
+        masses = self.sums[..., :1], later.sums[..., :1]
         return replace(
             self,
             maximum=maximum,
-            mass=shrink * self.mass,
-            slope=shrink * (self.slope + self.mass * shift),
-            soft_mass=None if self.soft_mass is None else soft_shrink * self.soft_mass,
-            soft=None if self.soft is None else soft_shrink[:, None] * self.soft,
+            best=_better(self.maximum, self.best, later.maximum, later.best),
+            sums=_joined_sums(self.sums, masses[0], own, later.sums, masses[1], others, both, column, like),
+            soft=soft,
+            blocks=tuple(map(_Blocks.join, self.blocks, later.blocks)),
         )
+
+    def each(self) -> "Iterator[_Run]":
+        """The runs of the first axis one by one, without their blocks."""
+        parts = len(self.maximum)
+        soft = [None] * parts if self.soft is None else _unstacked(self.soft)
+        rest = zip(_unstacked(self.maximum), _unstacked(self.best), _unstacked(self.sums), soft, strict=True)
+        for maximum, best, sums, of_part in rest:
+            yield replace(self, maximum=maximum, best=best, sums=sums, soft=of_part, blocks=())
 
     @property
     def state(self) -> list[mx.array]:
         """What the next tile waits for."""
-        return [a for a in (self.maximum, self.best, self.mass, self.slope, self.soft_mass, self.soft) if a is not None]
+        return [a for a in (self.maximum, self.best, self.sums, self.soft) if a is not None]
+
+    @property
+    def mass(self) -> mx.array:
+        return self.sums[..., 0]
 
     def entropy(self) -> mx.array:
-        return mx.log(self.mass) - self.slope / self.mass
+        return mx.log(self.mass) - self.sums[..., 1] / self.mass
 
     def signal(self) -> mx.array:
-        assert self.soft is not None and self.soft_mass is not None  # only asked of sums made with a signal
-        return scaled((self.soft / self.soft_mass[:, None]).astype(self.dtype))
+        assert self.soft is not None  # only asked of sums made with a signal
+        return scaled((self.soft.astype(mx.float32) / self.sums[..., 2:]).astype(self.dtype))
 
     def block_masses(self) -> mx.array:
         """Mass of every block of the vocabulary, [N, V / block], all about the maximum."""
-        return mx.concatenate([w * mx.exp(m - self.maximum)[:, None] for w, m in self.blocks], axis=-1)
+        return mx.concatenate([blocks.about(self.maximum) for blocks in self.blocks], axis=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Blocks:
+    """The masses of the blocks in parts walked abreast, fold after fold, each about the fold's maximum."""
+
+    masses: tuple[mx.array, ...]  # [parts, N, n] each
+    maxima: tuple[mx.array, ...]  # [parts, N] each
+
+    def join(self, later: "_Blocks") -> "_Blocks":
+        return _Blocks(masses=self.masses + later.masses, maxima=self.maxima + later.maxima)
+
+    def about(self, maximum: mx.array) -> mx.array:
+        """All of them about one maximum [N], in the order of the vocabulary: [N, n]."""
+        pairs = zip(self.masses, self.maxima, strict=True)
+        whole = mx.concatenate([_about(w, m[..., None], maximum[:, None]) for w, m in pairs], axis=-1)
+        return whole.swapaxes(0, 1).flatten(1)
 
 
 @partial(mx.compile, shapeless=True)
@@ -371,9 +423,69 @@ def _weights(logits: mx.array, maximum: mx.array) -> tuple[mx.array, mx.array]:
 
 
 @partial(mx.compile, shapeless=True)
-def _rounded_weights(logits: mx.array, maximum: mx.array, like: mx.array) -> mx.array:
-    """The same w with both rounded to the dtype of `like`."""
-    return mx.exp(_rounded(logits, like.dtype) - _rounded(maximum, like.dtype))
+def _rounded_weights(logits: mx.array, maximum: mx.array, like: mx.array) -> tuple[mx.array, mx.array]:
+    """The same w with both rounded to the dtype of `like`; and w in that dtype."""
+    weight = mx.exp(_rounded(logits, like.dtype) - _rounded(maximum, like.dtype))
+    return weight, weight.astype(like.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def _moved(index: mx.array, start: mx.array) -> mx.array:
+    return start + index.astype(mx.int32)
+
+
+@partial(mx.compile, shapeless=True)
+def _about(masses: mx.array, own: mx.array, maximum: mx.array) -> mx.array:
+    """Sums about their `own` maximum, about a larger one."""
+    return masses * mx.exp(own - maximum)
+
+
+# A join is a few kernels, whatever it joins: MLX compiles a chain with one result into one.
+
+
+@partial(mx.compile, shapeless=True)
+def _better(maximum: mx.array, best: mx.array, later_maximum: mx.array, later_best: mx.array) -> mx.array:
+    return mx.where(later_maximum > maximum, later_best, best)
+
+
+@partial(mx.compile, shapeless=True)
+def _joined_sums(
+    a: mx.array,
+    mass_a: mx.array,
+    max_a: mx.array,
+    b: mx.array,
+    mass_b: mx.array,
+    max_b: mx.array,
+    maximum: mx.array,
+    column: mx.array,
+    like: mx.array,
+) -> mx.array:
+    """Both runs' sums [..., N, 3] about their common maximum, added."""
+
+    def about(sums: mx.array, mass: mx.array, own: mx.array) -> mx.array:
+        shift = own - maximum
+        rounded = _rounded(own, like.dtype) - _rounded(maximum, like.dtype)
+        moved = mx.where(column == 1, mass * shift, 0.0)  # a slope's weights are measured from the maximum, too
+        return mx.exp(mx.where(column == 2, rounded, shift)) * (sums + moved)
+
+    return about(a, mass_a, max_a) + about(b, mass_b, max_b)
+
+
+@partial(mx.compile, shapeless=True)
+def _soft_shrink(max_a: mx.array, max_b: mx.array, maximum: mx.array, column: mx.array, like: mx.array) -> mx.array:
+    """What both runs' signals shrink by, [..., N, 2]."""
+    own = mx.where(column == 0, max_a, max_b)
+    return mx.exp(_rounded(own, like.dtype) - _rounded(maximum, like.dtype))
+
+
+@partial(mx.compile, shapeless=True)
+def _weighted(a: mx.array, x: mx.array, b: mx.array, y: mx.array) -> mx.array:
+    return a * x.astype(mx.float32) + b * y.astype(mx.float32)
+
+
+def _unstacked(array: mx.array) -> list[mx.array]:
+    """Views along the first axis; an index would copy."""
+    return [part.squeeze(0) for part in mx.split(array, len(array))]
 
 
 def _pass(masses: mx.array, draws: mx.array) -> tuple[mx.array, mx.array]:

@@ -9,9 +9,9 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..config import LayerConfig, ModelConfig
+from .expert_linear import ExpertLinear, QuantizedExpertLinear
 from .masks import Mask, WholeMask, Window
 from .tuning import DEFAULT, Tuning
 
@@ -22,10 +22,25 @@ ROWS = 32  # of one tile of a product on Metal
 FEW, WIDEST = 8, 256  # most queries and head size for which MLX has an attention kernel that knows groups
 
 
-@partial(mx.compile, shapeless=True)
+@mx.compile  # a shapeless chain of this length would be two kernels
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
     """gelu(gate) · up with the tanh form of gelu (transformers "gelu_pytorch_tanh")."""
     return nn.gelu_approx(gate) * up
+
+
+@partial(mx.compile, shapeless=True)
+def _scaled(x: mx.array, scale: mx.array, by: mx.array) -> mx.array:
+    return x * scale * by
+
+
+@partial(mx.compile, shapeless=True)
+def _weighted(y: mx.array, weights: mx.array) -> mx.array:
+    return y * weights
+
+
+@partial(mx.compile, shapeless=True)
+def _added(x: mx.array, y: mx.array, scalar: mx.array) -> mx.array:
+    return (x + y) * scalar
 
 
 class MLP(nn.Module):
@@ -58,24 +73,25 @@ class Router(nn.Module):
         The weights are the softmax over all experts, renormalized over the K chosen: the same as the
         softmax over the chosen scores alone.
         """
-        x = mx.fast.rms_norm(residual, None, self.eps) * self.scale * residual.shape[-1] ** -0.5
+        by = mx.array(residual.shape[-1] ** -0.5, residual.dtype)
+        x = _scaled(mx.fast.rms_norm(residual, None, self.eps), self.scale, by)
         scores = self.proj(x).astype(mx.float32)  # [N, E]
         experts = mx.argpartition(mx.stop_gradient(scores), kth=-self.top_k, axis=-1)[..., -self.top_k :]
         weights = mx.softmax(mx.take_along_axis(scores, experts, axis=-1), axis=-1, precise=True)
-        return experts, weights * self.per_expert_scale[experts]
+        return experts, _weighted(weights, self.per_expert_scale[experts])
 
 
 class Experts(nn.Module):
     """E gated MLPs in two stacked weights; `gate_up_proj` holds the gate's rows first."""
 
-    gate_up_proj: SwitchLinear | QuantizedSwitchLinear
-    down_proj: SwitchLinear | QuantizedSwitchLinear
+    gate_up_proj: ExpertLinear | QuantizedExpertLinear
+    down_proj: ExpertLinear | QuantizedExpertLinear
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         size = config.moe_intermediate_size
-        self.gate_up_proj = SwitchLinear(config.hidden_size, 2 * size, config.num_experts, bias=False)
-        self.down_proj = SwitchLinear(size, config.hidden_size, config.num_experts, bias=False)
+        self.gate_up_proj = ExpertLinear(config.hidden_size, 2 * size, config.num_experts)
+        self.down_proj = ExpertLinear(size, config.hidden_size, config.num_experts)
 
     def __call__(self, x: mx.array, experts: mx.array, weights: mx.array, tuning: Tuning) -> mx.array:
         """[N, H], expert ids [N, K], weights [N, K] → [N, H]."""
@@ -89,7 +105,7 @@ class Experts(nn.Module):
             rows = x[:, None][order // top_k]  # [N · K, 1, H]
             y = self._mlp(rows, experts.flatten()[order], sorted_indices=True)
             y = y[:, 0][back].reshape(tokens, top_k, -1)  # [N, K, H]
-        return (y * weights[..., None]).sum(axis=1).astype(x.dtype)
+        return _weighted(y, weights[..., None]).sum(axis=1).astype(x.dtype)
 
     def _mlp(self, x: mx.array, experts: mx.array, *, sorted_indices: bool) -> mx.array:
         gate, up = mx.split(self.gate_up_proj(x, experts, sorted_indices=sorted_indices), 2, axis=-1)
@@ -243,7 +259,7 @@ class Layer(nn.Module):
         experts, weights = self.router(flat)  # the raw residual, not a normed one
         sparse = self.experts(self.pre_feedforward_layernorm_2(flat), experts, weights, tuning).reshape(x.shape)
         branches = dense + self.post_feedforward_layernorm_2(sparse)
-        return (x + self.post_feedforward_layernorm(branches)) * scalar
+        return _added(x, self.post_feedforward_layernorm(branches), scalar)
 
 
 class SelfConditioning(MLP):

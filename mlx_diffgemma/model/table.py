@@ -4,7 +4,7 @@ Everything that reads the table goes through here: scaled rows, scores of a run 
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,18 +44,38 @@ def unpacked_dtype(module: nn.Module) -> mx.Dtype:
     return module.scales.dtype if module.mode == "affine" else mx.bfloat16
 
 
-def scores(x: mx.array, table: Table, ids: slice | mx.array) -> mx.array:
-    """x [N, H] times the rows `ids` of the table → [N, n]."""
+class Runs(NamedTuple):
+    """`count` runs of `size` neighbouring rows of the table, the first from `first`, each `apart` rows after the one
+    before; `apart` divides the table, and no run reaches over a multiple of it."""
+
+    first: int
+    size: int
+    count: int = 1
+    apart: int = 0
+
+    def of(self, rows: mx.array) -> mx.array:
+        """A view of rows [V, w]: [size, w] for a single run, else [count, size, w]."""
+        if self.count == 1:
+            return rows[self.first : self.first + self.size]
+        run, start = divmod(self.first, self.apart)
+        runs = rows.reshape(-1, self.apart, rows.shape[-1])
+        return runs[run : run + self.count, start : start + self.size]
+
+
+def scores(x: mx.array, table: Table, ids: slice | mx.array | Runs) -> mx.array:
+    """x [N, H] times the rows `ids` of the table → [N, n], of several runs [count, N, size]."""
     if isinstance(table, nn.QuantizedEmbedding):
-        return mx.quantized_matmul(x, *_packed(table, ids), transpose=True, **_packing(table))
-    return x @ table.weight[ids].T
+        packed = _packed(table, ids)
+        return mx.quantized_matmul(x[None] if packed[0].ndim > 2 else x, *packed, transpose=True, **_packing(table))
+    return x @ _rows(table.weight, ids).swapaxes(-1, -2)
 
 
-def mix(p: mx.array, table: Table, ids: slice | mx.array) -> mx.array:
-    """Weights p [..., n] over the rows `ids` of the table → their weighted sum [..., H]."""
+def mix(p: mx.array, table: Table, ids: slice | mx.array | Runs) -> mx.array:
+    """Weights p [..., n] over the rows `ids` of the table, of several runs [count, N, size] → their weighted sums
+    [..., H]."""
     if isinstance(table, nn.QuantizedEmbedding):
         return mx.quantized_matmul(p, *_packed(table, ids), transpose=False, **_packing(table))
-    return p @ table.weight[ids]
+    return p @ _rows(table.weight, ids)
 
 
 def block_scores(x: mx.array, table: Table, block: mx.array, size: int) -> mx.array:
@@ -68,9 +88,13 @@ def block_scores(x: mx.array, table: Table, block: mx.array, size: int) -> mx.ar
     return mx.gather_mm(rows, weight.swapaxes(-1, -2), rhs_indices=block)[:, 0]
 
 
-def _packed(table: nn.QuantizedEmbedding, ids: slice | mx.array) -> tuple[mx.array, mx.array, mx.array | None]:
+def _rows(array: mx.array, ids: slice | mx.array | Runs) -> mx.array:
+    return ids.of(array) if isinstance(ids, Runs) else array[ids]
+
+
+def _packed(table: nn.QuantizedEmbedding, ids: slice | mx.array | Runs) -> tuple[mx.array, mx.array, mx.array | None]:
     biases = table.get("biases")
-    return table.weight[ids], table.scales[ids], None if biases is None else biases[ids]
+    return _rows(table.weight, ids), _rows(table.scales, ids), None if biases is None else _rows(biases, ids)
 
 
 def _packing(table: nn.QuantizedEmbedding) -> dict:

@@ -6,7 +6,6 @@ the bytes do not depend on how the work was cut. A shard gets its name when it i
 when everything is. What is there under `NAME.partial` after an interruption is taken up again.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..config import RELEASED
+from ..disk import lock, reason, visible
 from ..errors import CheckpointError, ConfigError
 from ..files import layout
 from ..files.checkpoint import Checkpoint, side_files
@@ -118,15 +118,16 @@ def convert(plan: Conversion, target: Path, *, force: bool = False, progress: Pr
     target = _checked_target(plan, target, force)
     partial = target.with_name(target.name + ".partial")
     with _claimed(partial, plan.fingerprint()):
+        todo = _unfinished(plan, partial)
         try:
-            _write_shards(plan, partial, progress or Silence())
+            _write_shards(plan, partial, todo, progress or Silence())
             _write_sides(plan, partial)
         except (CheckpointError, ConfigError):
             shutil.rmtree(partial)
             raise
         except OSError as error:
             raise CheckpointError(
-                f"{partial} stopped growing: {error.strerror or error}.\n"
+                f"{partial} stopped growing: {reason(error)}.\n"
                 "Finished shards are kept: see to it, then run the same command again."
             ) from error
         replaced = target.with_name(f".{target.name}.replaced")
@@ -145,7 +146,7 @@ def _checked_target(plan: Conversion, target: Path, force: bool) -> Path:
         raise ConfigError(f"--mlx-path {target} and the source {source} lie inside one another; choose another place.")
     if target.exists() and not target.is_dir():
         raise ConfigError(f"--mlx-path {target} is a file; expected a folder that does not exist yet.")
-    if target.is_dir() and any(target.iterdir()):
+    if target.is_dir() and visible(target):
         if not force:
             raise ConfigError(f"--mlx-path {target} is not empty. Choose another place, or replace it with --force.")
         if not (target / "config.json").is_file() or Path.cwd().is_relative_to(target):
@@ -157,39 +158,47 @@ def _checked_target(plan: Conversion, target: Path, force: bool) -> Path:
 def _claimed(partial: Path, fingerprint: str) -> Iterator[None]:
     """Take up a partial folder that is going to be the same pack, or begin an empty one; one process at a time."""
     file = partial / PLAN
-    if partial.exists() and not file.is_file() and (not partial.is_dir() or any(partial.iterdir())):
+    if partial.exists() and not file.is_file() and (not partial.is_dir() or visible(partial)):
         raise ConfigError(f"{partial} is in the way, and this program did not make it. Move it elsewhere.")
     try:
         partial.mkdir(parents=True, exist_ok=True)
         stream = file.open("a+")
     except OSError as error:
-        raise CheckpointError(f"{partial} cannot be written: {error.strerror or error}.") from None
+        raise CheckpointError(f"{partial} cannot be written: {reason(error)}.") from None
     with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another process is writing {partial}. Wait for it, or choose another place.") from None
+        # A disk without locks: nothing keeps two conversions into one folder apart, and one is all there is as a rule.
+        lock(stream, ConfigError(f"another process is writing {partial}. Wait for it, or choose another place."))
         stream.seek(0)
         if stream.read() != fingerprint:
             for path in partial.iterdir():
                 if path != file:
-                    path.unlink()
+                    path.unlink(missing_ok=True)  # a `._` companion goes with its file
             stream.truncate(0)
             stream.write(fingerprint)
             stream.flush()
         yield
 
 
-def _write_shards(plan: Conversion, folder: Path, progress: Progress) -> None:
+def _unfinished(plan: Conversion, folder: Path) -> list[Shard]:
+    """The shards that are still to be written. Errors: CheckpointError where they do not fit; finished ones are kept,
+    and without any the folder goes."""
     for path in folder.glob("*.tmp"):
-        path.unlink()
+        path.unlink(missing_ok=True)
     todo = [shard for shard in plan.shards if not _is_finished(folder / shard.name, shard)]
     needed, free = sum(shard.size for shard in todo) + (64 << 20), shutil.disk_usage(folder).free
     if needed > free:
+        if len(todo) == len(plan.shards):
+            shutil.rmtree(folder)
+        kept = len(plan.shards) - len(todo)
         raise CheckpointError(
             f"{folder.parent} has {free / 1e9:.1f} GB free and the pack needs {needed / 1e9:.1f} GB more.\n"
-            "Make room, choose another --mlx-path, or a smaller --recipe."
+            + (f"{kept} of {len(plan.shards)} shards are kept in {folder}. " if kept else "")
+            + "Make room, choose another --mlx-path, or a smaller --recipe."
         )
+    return todo
+
+
+def _write_shards(plan: Conversion, folder: Path, todo: list[Shard], progress: Progress) -> None:
     tensors = [tensor for shard in todo for tensor, _ in plan.tensors(shard.items)]
     dtype = NAMES[plan.recipe.dtype]
     progress.begin(len(tensors), sum(tensor.nbytes for tensor in tensors))

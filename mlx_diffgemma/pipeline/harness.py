@@ -6,7 +6,6 @@ The one file that imports lm_eval; without it, importing this is an ImportError.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 
 from ..errors import ConfigError
@@ -35,7 +34,7 @@ class Harness(LM):
             raise ConfigError("this task continues an answer that it begins itself; the chat template cannot say that.")
         return self.model.tokenizer.render(chat_history)
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """(context, continuation) → log-probability of the continuation, and whether it is greedy decoding's."""
         return [self._continuation(*request.args) for request in requests]
 
@@ -48,12 +47,12 @@ class Harness(LM):
         found = self.model.score_from(ids, max(start, 1))
         return found.total, found.best == found.tokens
 
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         """(text,) → log-probability of all of it, in windows that overlap by half where it is too long."""
         limit = self.model.config.max_position_embeddings
         return [self.model.score_from(self._ids(r.args[0]), 1, stride=max(limit // 2, 1)).total for r in requests]
 
-    def generate_until(self, requests: list[Instance]) -> list[str]:
+    def generate_until(self, requests: list[Any]) -> list[str]:
         """(context, generation_kwargs) → text up to the first of its `until`."""
         texts: list[str] = []
         for first, batch, most in _batches(requests, self.batch_size):
@@ -76,7 +75,7 @@ class Harness(LM):
         return ids[over:], max(start - over, 0)
 
 
-def _batches(requests: Sequence[Instance], size: int) -> Iterator[tuple[int, list[Instance], int]]:
+def _batches(requests: Sequence[Any], size: int) -> Iterator[tuple[int, list[Any], int]]:
     """Neighbours that want as many tokens: where a batch begins, its requests, the tokens."""
     start = 0
     while start < len(requests):

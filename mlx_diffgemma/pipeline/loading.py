@@ -1,5 +1,6 @@
 """From a path or a repository to a loaded model."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -8,9 +9,10 @@ import mlx.core as mx
 
 from ..disk import visible
 from ..errors import ConfigError, TokenizerError
-from ..files import adapters, checkpoint, hub, weights
+from ..files import adapters, checkpoint, hub, tuned, weights
 from ..files.shipped import BUILT_IN
-from ..model import threads
+from ..model import threads, wiring
+from ..model.expert_linear import QuantizedExpertLinear
 from ..model.memory import machine_limit, memory_needed, weight_bytes
 from ..model.network import Network
 from ..model.tuning import DEFAULT, Trunk, Tuning
@@ -31,16 +33,18 @@ def load(
     trunk: Trunk | None = None,
     memory_limit: int | None = None,
     ignore_keys: tuple[str, ...] = (),
-    tuning: Tuning = DEFAULT,
+    tuning: Tuning | None = None,
 ) -> DiffusionGemma:
     """Load a model: a pack made by `mlx_diffgemma.convert`, an mlx-community pack, or a Hugging Face folder; without a
     path, the small built-in model.
 
     `adapter` is a folder written by `mlx_diffgemma.train`. `trunk` says how everything but the experts is held:
     "packed" as the pack has it, "bf16" unpacked (the same values, faster products, more memory), "auto" unpacked
-    on a GPU with room for it; without it `tuning` decides, which says how the machine likes the work cut.
+    on a GPU with room for it; without it `tuning` decides, which says how the machine likes the work cut: without it,
+    what `mlx_diffgemma.tune` chose for this pack on this machine, if it did (`tuning=DEFAULT`: not that).
     `memory_limit` in bytes is this process's budget, instead of what the machine has. `ignore_keys` are unknown keys
     of config.json that you know are harmless. What the checkpoint says that does nothing here is in `notices`.
+    On Metal the weights and a prefix are wired while the model lives (mx.set_wired_limit).
     Sets MLX's cache of freed buffers, for the whole process, to at most 1 GiB (mx.set_cache_limit).
     Errors: CheckpointError, ConfigError, MemoryLimitError.
     """
@@ -53,6 +57,10 @@ def load(
     config = opened.config
     check_memory(config, sum(file.stat().st_size for file in visible(folder, "*.safetensors")), limit)
     generation_config = checkpoint.read_generation_config(folder, config)
+    found = tuned.Found(tuning=tuning) if tuning is not None else tuned.remembered(folder)
+    tuning = found.tuning or DEFAULT
+    if tuning.operations is not None:  # read by MLX when it first uses the GPU
+        os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", str(tuning.operations))
     network = weights.filled(opened)
     network.tuning = replace(tuning, trunk=_settle_trunk(network, trunk or tuning.trunk, limit))
     if adapter is not None:
@@ -66,8 +74,19 @@ def load(
         stop_ids = tuple(dict.fromkeys((*generation_config.stop_ids, *own)))
         generation_config = generation_config.replace(stop_ids=stop_ids)
     mx.set_cache_limit(CACHE_LIMIT)
-    notices = (*opened.notices, *checkpoint.unused_settings(folder))
-    return DiffusionGemma(network, tokenizer, generation_config, folder=folder, memory_limit=limit, notices=notices)
+    notices = (*opened.notices, *checkpoint.unused_settings(folder), *found.notices, *_slow(network))
+    model = DiffusionGemma(network, tokenizer, generation_config, folder=folder, memory_limit=limit, notices=notices)
+    if network.tuning.wired:
+        wiring.wire(model, memory_needed(config, weight_bytes(network), ROOMY_PREFIX))
+    return model
+
+
+def _slow(network: Network) -> list[str]:
+    """What is known to make these weights slow on this device, in a sentence each."""
+    cuda = mx.default_device() == mx.gpu and not mx.metal.is_available()
+    if not cuda or not any(isinstance(module, QuantizedExpertLinear) for module in network.modules()):
+        return []
+    return ["On CUDA, MLX multiplies packed experts 18 to 28 times slower than plain ones (mlx #4339): keep them bf16."]
 
 
 def _settle_trunk(network: Network, trunk: Trunk, limit: int) -> Trunk:

@@ -107,12 +107,14 @@ class _Answer:
         self.shown = ("", "")
 
     def read(self, ids: tuple[int, ...], *, last: bool) -> tuple[str, str]:
-        """The text and the thoughts that became visible. Half a UTF-8 character waits for its rest."""
+        """The text and the thoughts that became visible. Half a UTF-8 character waits for its rest, and so does what
+        it spoils: a run of bytes is one or none. What is shown is never taken back."""
         self.tokens += ids
         text, thinking, _ = self.parts()
         now = (text, thinking or "") if last else (text.rstrip("\ufffd"), (thinking or "").rstrip("\ufffd"))
-        shown, self.shown = self.shown, now
-        return now[0][len(shown[0]) :], now[1][len(shown[1]) :]
+        shown = self.shown
+        self.shown = (_grown(shown[0], now[0], last=last), _grown(shown[1], now[1], last=last))
+        return self.shown[0][len(shown[0]) :], self.shown[1][len(shown[1]) :]
 
     def parts(self) -> tuple[str, str | None, list[dict[str, Any]]]:
         """Text, thinking, tool calls."""
@@ -120,6 +122,13 @@ class _Answer:
             return "", None, []
         parts = self.tokenizer.split(self.tokens, open_channel=self.open_channel)
         return parts.text, parts.thinking, parts.tool_calls
+
+
+def _grown(shown: str, now: str, *, last: bool) -> str:
+    """What is shown next: `now`, if it goes on from what is shown."""
+    if now.startswith(shown):
+        return now
+    return shown + now[len(shown) :] if last else shown
 
 
 # --------------------------------------------------------------------------------------------------- as plain data

@@ -17,6 +17,7 @@ NOISE = "·:∙;~+*-=^°'"
 # style → SGR in colour, SGR without colour, colour in a recording. `likely` and `unsure` grow dimmer with entropy.
 STYLES = {
     "": ("", "", "#d8dee9"),
+    "asked": ("1", "1", "#f2f5f9"),
     "changed": ("1;32", "1", "#a3e635"),
     "pinned": ("34", "4", "#6f9ce8"),  # a constraint leaves no choice there
     "likely": ("2", "2", "#a0a8b7"),

@@ -1,7 +1,11 @@
 """Where a canvas is drawn: the lower rows of a terminal."""
 
+import os
+import signal
+import threading
+from contextlib import suppress
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -26,12 +30,14 @@ class Terminal:
         self.console, self.color = console, not console.no_color
         self.tail = ""  # committed text after its last newline: the cursor returns to its end
         self.drawn: list[int] = []  # cells in each line on show
+        self.before: Any = None  # the handler of Ctrl-Z outside drawing
 
     @property
     def size(self) -> tuple[int, int]:
-        return self.console.size.width, self.console.size.height
+        return max(1, self.console.size.width), max(1, self.console.size.height)  # COLUMNS=0 is possible
 
     def draw(self, lines: list[Line]) -> None:
+        self._mind_stops()
         text = ("\n" if self.tail else "") + "\n".join(ansi(line, self.color) for line in lines)
         columns = self.size[0]
         erased = self._erased()
@@ -48,6 +54,22 @@ class Terminal:
     def close(self) -> None:
         self._write(self._erased() + ("\n" if self.tail else "") + "\x1b[?25h")
         self.drawn, self.tail = [], ""
+        if self.before is not None:
+            signal.signal(signal.SIGTSTP, self.before)
+            self.before = None
+
+    def _mind_stops(self) -> None:
+        """From now on Ctrl-Z shows the cursor first; the next drawing hides it again."""
+        ours = threading.current_thread() is threading.main_thread()
+        if ours and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
+            self.before = signal.signal(signal.SIGTSTP, self._stop)
+
+    def _stop(self, number: int, _: object) -> None:
+        with suppress(OSError, ValueError):  # past the stream's buffer: it may be in use
+            os.write(self.console.file.fileno(), b"\x1b[?25h")
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)  # stops here until SIGCONT
+        signal.signal(number, self._stop)
 
     def _erased(self) -> str:
         """Codes that clear what was drawn, also after the window changed its width and rewrapped it."""

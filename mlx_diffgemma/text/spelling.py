@@ -3,7 +3,6 @@ halves of characters."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
 from typing import Any
 
 from ..errors import TokenizerError
@@ -11,7 +10,7 @@ from ..errors import TokenizerError
 BLANK = "▁"  # stands for a space in the pieces of sentencepiece
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 _UNUSED = re.compile(r"<unused\d+>")
-Step = Callable[[str | bytes], str | bytes]
+Step = Callable[[str], str | bytes]  # bytes are the end of it
 
 
 def spelled(pieces: Sequence[str | None], decoder: Mapping[str, Any] | None) -> list[bytes | None]:
@@ -20,7 +19,7 @@ def spelled(pieces: Sequence[str | None], decoder: Mapping[str, Any] | None) -> 
     Errors: TokenizerError for a decoder that does not join pieces one by one.
     """
     steps = _steps(decoder)
-    return [None if piece is None or is_unused(piece) else _bytes(reduce(_then, steps, piece)) for piece in pieces]
+    return [None if piece is None or is_unused(piece) else _through(steps, piece) for piece in pieces]
 
 
 def plain(piece: str) -> bytes:
@@ -30,15 +29,16 @@ def plain(piece: str) -> bytes:
 
 def is_unused(piece: str) -> bool:
     """Whether a piece only keeps a place in the vocabulary."""
-    return _UNUSED.fullmatch(piece) is not None
+    return piece.startswith("<unused") and _UNUSED.fullmatch(piece) is not None
 
 
-def _then(value: str | bytes, step: Step) -> str | bytes:
-    return step(value)
-
-
-def _bytes(value: str | bytes) -> bytes:
-    return value if isinstance(value, bytes) else value.encode()
+def _through(steps: list[Step], piece: str) -> bytes:
+    value: str | bytes = piece
+    for step in steps:
+        value = step(value)
+        if isinstance(value, bytes):
+            return value
+    return value.encode()
 
 
 def _steps(decoder: Mapping[str, Any] | None) -> list[Step]:
@@ -72,17 +72,17 @@ def _flat(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 
 
 def _replacing(old: str, new: str) -> Step:
-    return lambda value: value if isinstance(value, bytes) else value.replace(old, new)
+    return lambda value: value.replace(old, new)
 
 
-def _by_fallback(value: str | bytes) -> str | bytes:
-    found = None if isinstance(value, bytes) else _BYTE.fullmatch(value)
+def _by_fallback(value: str) -> str | bytes:
+    found = _BYTE.fullmatch(value) if len(value) == 6 else None
     return bytes([int(found[1], 16)]) if found else value
 
 
-def _by_level(value: str | bytes) -> str | bytes:
+def _by_level(value: str) -> str | bytes:
     """GPT-2's alphabet, where every byte is a visible character; an added token that uses others is plain text."""
-    if isinstance(value, bytes) or not all(character in _ALPHABET for character in value):
+    if not all(character in _ALPHABET for character in value):
         return value
     return bytes(_ALPHABET[character] for character in value)
 

@@ -19,7 +19,7 @@ from .data import Example
 from .settings import Settings
 
 FILE = "run.json"
-FREE = frozenset(("evaluate_every", "save_every", "keep", "checkpoint_layers"))  # what may change on the way
+FREE = frozenset(("steps", "evaluate_every", "save_every", "keep", "checkpoint_layers"))  # what may change on the way
 BLOCK, BLOCKS = 4096, 64  # bytes, and how many of them are taken from a weight file
 
 

@@ -10,7 +10,7 @@ self-conditioning signal; for the others it is zero, as at step 0 of generation.
 Source: the recipes of google-deepmind/gemma (hackable_diffusion_adapter) and TRL (sft_diffusion_gemma).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..model.network import Network, leaves
 from ..model.tuning import Tuning
 
 FORBIDDEN = -1e9  # added to the scores of what may not be looked at
-LOGITS = 1 << 26  # entries of the logits that exist at a time
+LOGITS = 1 << 24  # entries of the logits that exist at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,28 +43,69 @@ def losses(network: Network, batch: Batch, *, recompute: bool = False) -> tuple[
     hidden, prefix = read_clean(network, batch.tokens, recompute=recompute)
     signal = first_look(network, batch, prefix) if batch.looks else None
     look = denoise(network, batch.noisy, batch.starts, prefix, signal, recompute=recompute)
-    decoder = cross_entropy(network, look, batch.clean).mean()
     pairs = mx.arange(1, batch.tokens.shape[1]) < batch.lengths[:, None]  # [B, T − 1]
-    encoder = cross_entropy(network, hidden[:, :-1], batch.tokens[:, 1:]) * pairs.flatten()
-    return decoder, encoder.sum() / pairs.sum()
+    states = mx.concatenate([look.flatten(0, 1), hidden[:, :-1].flatten(0, 1)])
+    targets = mx.concatenate([batch.clean.flatten(), batch.tokens[:, 1:].flatten()])
+    each = cross_entropy(network, states, targets)  # of both together: one order of pieces
+    decoder, encoder = each[: batch.clean.size], each[batch.clean.size :]
+    return decoder.mean(), (encoder * pairs.flatten()).sum() / pairs.sum()
 
 
 def cross_entropy(network: Network, hidden: mx.array, targets: mx.array) -> mx.array:
-    """Per token, [B · T], from hidden states [B, T, H]. Large vocabularies are done piece by piece, and again in
-    the backward pass, so that no more than LOGITS logits exist at a time."""
+    """Per token, [N], from hidden states [N, H]."""
 
-    table = network.decoder.embed_tokens
-    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    def piece(hidden: mx.array, targets: mx.array) -> mx.array:
+        return nn.losses.cross_entropy(network.head(hidden[None])[0], targets)
+
+    return _in_pieces(piece, network, hidden, targets)
+
+
+def _in_pieces(forward: Callable[..., mx.array], network: Network, hidden: mx.array, *others: mx.array) -> mx.array:
+    """`forward` of hidden states [N, H] and of what goes with each, a piece of the rows at a time, in the backward pass
+    too: a piece begins when the one before it is done, with its gradients, so that no more than LOGITS logits exist at
+    a time."""
     rows = max(1, LOGITS // network.config.vocab_size)
-    pieces = []
-    for start in range(0, len(targets), rows):
-        part = targets[start : start + rows]
+    if len(hidden) <= rows:
+        return forward(hidden, *others)
+    table = network.decoder.embed_tokens
+    weights = leaves(table.trainable_parameters())
+    count = len(weights)
+    starts = range(0, len(hidden), rows)
 
-        def piece(hidden: mx.array, part: mx.array = part) -> mx.array:
-            return nn.losses.cross_entropy(network.head(hidden[None])[0], part)
+    def put(arrays: Sequence[mx.array]) -> None:
+        table.update(tree_unflatten(list(zip(weights, arrays, strict=True))))
 
-        pieces.append(_run(piece, table, hidden[start : start + rows], recompute=rows < len(targets)))
-    return mx.concatenate(pieces)
+    def all_pieces(*arrays: mx.array) -> mx.array:
+        put(arrays[:count])
+        done: list[mx.array] = []
+        for start in starts:
+            part = [array[start : start + rows] for array in arrays[count:]]
+            done.append(forward(*(mx.depends(part, done[-1:]) if done else part)))
+        return mx.concatenate(done)
+
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        cotangent, output = (a[0] if isinstance(a, list | tuple) else a for a in (cotangents, outputs))
+        total: list[mx.array] = []  # the weights' gradients so far
+        done: list[mx.array] = []  # the states' gradients, a piece each
+        for start in starts:
+            part = [array[start : start + rows] for array in (*primals[count:], cotangent)]
+            *part, slope = mx.depends(part, [*total, *done[-1:]] if done else [output])
+
+            def piece(*arrays: mx.array, others: list[mx.array] = part[1:]) -> mx.array:
+                put(arrays[:count])
+                return forward(arrays[count], *others)
+
+            _, gradients = mx.vjp(piece, [*primals[:count], part[0]], [slope])
+            total = [a + b for a, b in zip(total, gradients, strict=False)] if done else list(gradients[:count])
+            done.append(gradients[count])
+        flat = [mx.zeros_like(array) for array in primals[count + 1 :]]
+        return (*total, mx.concatenate(done), *flat)
+
+    run: Any = mx.custom_function(all_pieces)
+    run.vjp(backward)
+    result = run(*weights.values(), hidden, *others)
+    put(list(weights.values()))
+    return result
 
 
 def _run(forward: Callable[..., Any], module: nn.Module, *inputs: mx.array, recompute: bool) -> Any:
@@ -169,7 +210,11 @@ def first_look(network: Network, batch: Batch, prefix: KeysValues) -> mx.array:
     rows, looks = len(batch.starts), batch.looks
     still = [(mx.stop_gradient(keys[:looks]), mx.stop_gradient(values[:looks])) for keys, values in prefix]
     hidden = denoise(network, batch.noisy[:looks], batch.starts[:looks], still, None)
-    signal = network.soft_embedding(mx.stop_gradient(network.head(hidden)))
+
+    def piece(hidden: mx.array) -> mx.array:
+        return network.soft_embedding(mx.stop_gradient(network.head(hidden[None])))[0]
+
+    signal = _in_pieces(piece, network, mx.stop_gradient(hidden).flatten(0, 1)).reshape(hidden.shape)
     return mx.concatenate([signal, mx.zeros((rows - looks, *signal.shape[1:]), signal.dtype)])
 
 

@@ -2,9 +2,9 @@
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
-from mlx_lm.models.switch_layers import SwitchLinear
 
 from ..config import ModelConfig
+from ..model.expert_linear import ExpertLinear
 from ..model.layers import Layer
 from ..model.network import Network, leaves
 from .objective import LOGITS, AllExperts
@@ -33,7 +33,7 @@ def memory_needed(network: Network, settings: Settings, length: int) -> int:
     kept = max(layers) + inputs if settings.checkpoint_layers else sum(layers)
     weights = sum(weight.nbytes for weight in leaves(network.parameters()).values())
     trained = sum(weight.size for weight in leaves(network.trainable_parameters()).values())
-    logits = 16 * min(LOGITS, tokens * config.vocab_size)
+    logits = 56 * min(LOGITS, tokens * config.vocab_size)  # of a piece, forward and backward: 14 times float32
     return weights + 16 * trained + tokens * kept + logits
 
 
@@ -49,7 +49,7 @@ def prepare(network: Network, settings: Settings) -> None:
     for layer in network.decoder.layers:
         if not settings.train_router:
             layer.router.freeze()
-        plain = all(type(p) is SwitchLinear for p in (layer.experts.gate_up_proj, layer.experts.down_proj))
+        plain = all(type(p) is ExpertLinear for p in (layer.experts.gate_up_proj, layer.experts.down_proj))
         if plain and network.config.num_experts <= ALL_EXPERTS:
             layer.experts = AllExperts(layer.experts)
 

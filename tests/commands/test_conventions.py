@@ -37,10 +37,11 @@ def test_help_fits_a_screen_and_help_all_has_everything(name: str, monkeypatch: 
     assert len(short.stdout.splitlines()) <= 24
     command = main.get_command(None, name)  # type: ignore[arg-type]
     assert isinstance(command, Command)
-    spellings = [opt for option in command.params for opt in option.opts if opt.startswith("--")]
+    shown = [option for option in command.params if not getattr(option, "hidden", False)]
+    spellings = [opt for option in shown for opt in option.opts if opt.startswith("--")]
     missing = [spelling for spelling in spellings if spelling not in long.stdout]
     assert not missing
-    hidden = [option for option in command.params if getattr(option, "section", "")]
+    hidden = [option for option in shown if getattr(option, "section", "")]
     assert f"{len(hidden)} more options: main {name} --help-all" in short.stdout
     assert run(name, "--version").stdout == f"mlx_diffgemma, version {__version__}\n"
 
@@ -118,3 +119,14 @@ def test_train_with_the_names_of_mlx_lm_then_fuse(model: str, tmp_path: Path) ->
     assert run(*fuse, "--force").exit_code == 0
     onto = run("fuse", "--model", model, "--adapter-path", adapter, "--save-path", model, "--force")
     assert onto.exit_code == 1 and "is the model itself" in onto.stderr
+
+
+def test_template_options_without_a_prompt_are_refused(model: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    options = ["--model", model, "--chat-template-config", '{"enable_thinking": true}']
+    for command in (
+        ("generate", "--fill", "a <fill>."),
+        ("edit", str(tmp_path / "a.txt"), "--lines", "1", "-p", "hi"),
+    ):
+        result = run(*command, *options)
+        assert result.exit_code == 2 and "--template-options would do nothing" in result.stderr, result.output

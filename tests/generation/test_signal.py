@@ -77,7 +77,7 @@ def test_the_full_product_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once most positions are sure, only the others are multiplied."""
     shapes: list[int] = []
     mix = vocabulary.mix
-    monkeypatch.setattr(vocabulary, "mix", lambda p, t, ids: shapes.append(p.shape[0]) or mix(p, t, ids))
+    monkeypatch.setattr(vocabulary, "mix", lambda p, t, ids: shapes.append(p.shape[-2]) or mix(p, t, ids))
     monkeypatch.setattr(vocabulary, "HALF_UNIT", {mx.float32: 1e-3})
     network: Network = small.network()
     settings = GenerationConfig(max_tokens=16, max_denoising_steps=12, stop_ids=())

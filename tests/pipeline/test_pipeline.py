@@ -86,6 +86,15 @@ def test_half_a_character_waits_for_its_rest(model: DiffusionGemma) -> None:
     assert answers.read(0, half, last=True) == ("b\ufffd", "")
 
 
+def test_a_stream_spells_the_text_where_half_a_character_spoils_what_is_shown(model: DiffusionGemma) -> None:
+    """A run of byte tokens is characters or none: é and half an é are three errors until the other half comes."""
+    first, second = model.tokenizer.encode("é")
+    answers = Answers(model.tokenizer, [[2]], [None])
+    canvases = [(first, second), (first,), (second,)]
+    parts = [answers.read(0, ids, last=i == 2)[0] for i, ids in enumerate(canvases)]
+    assert parts == ["é", "", "é"]
+
+
 def test_chat_prefills_only_what_is_new_and_changes_nothing(model: DiffusionGemma) -> None:
     chat = model.chat(system="Be brief.", max_tokens=20)
     chat.send("Hi", seed=1)

@@ -8,13 +8,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_diffgemma import check
 from mlx_diffgemma.errors import CheckpointError
 from mlx_diffgemma.files import shipped
+from mlx_diffgemma.model.expert_linear import ExpertLinear
 from mlx_diffgemma.model.network import Network
-from mlx_diffgemma.proof import products, published, replay
+from mlx_diffgemma.proof import device, products, published, replay
 from mlx_diffgemma.proof.findings import Finding
 from mlx_diffgemma.proof.published import closeness
 from mlx_diffgemma.proof.recordings import Recording, small_network
@@ -25,8 +25,8 @@ TOLD = json.loads((shipped.references() / "published_logits.json").read_text())
 
 
 def run(monkeypatch: Patch, *arguments: str, **parts: list[Finding]) -> int:
-    """The command with made-up findings of its first two parts; its exit status."""
-    for name in ("replay", "products"):
+    """The command with made-up findings of its first three parts; its exit status."""
+    for name in ("replay", "products", "device"):
         monkeypatch.setattr(f"mlx_diffgemma.proof.{name}.{name}", lambda name=name: iter(parts.get(name, [])))
     with pytest.raises(SystemExit) as stopped:
         check.main(list(arguments))
@@ -99,14 +99,14 @@ def test_no_recordings_is_an_error(monkeypatch: Patch, tmp_path: Path) -> None:
 
 def test_the_bfloat16_recording_is_as_close_as_the_reference(monkeypatch: Patch) -> None:
     """On a CPU MLX has no expert product in bfloat16: it is made from the one in float32."""
-    original = SwitchLinear.__call__
+    original = ExpertLinear.__call__
 
-    def product(self: SwitchLinear, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        wide = SwitchLinear(1, 1, 1, bias=False)
+    def product(self: ExpertLinear, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        wide = ExpertLinear(1, 1, 1)
         wide.weight = self.weight.astype(mx.float32)
         return original(wide, x.astype(mx.float32), indices, sorted_indices=sorted_indices).astype(x.dtype)
 
-    monkeypatch.setattr(SwitchLinear, "__call__", product)
+    monkeypatch.setattr(ExpertLinear, "__call__", product)
     findings = list(replay._passes(Recording.load(shipped.references() / "logits-real-heads-bfloat16.npz")))
     assert len(findings) == 2
     assert all(finding.passed and finding.figures["error"] <= 2.5 for finding in findings)
@@ -211,3 +211,37 @@ def test_first_layers_are_a_network_of_their_own() -> None:
 def test_only_the_released_model_has_published_logits() -> None:
     findings = list(published.published_of(MODELS["plain"].network(), "somewhere"))
     assert [(f.passed, f.name) for f in findings] == [(None, "published logits")]
+
+
+def test_the_device_is_right() -> None:
+    """On a CPU the sizes are narrow; that every check of a device is there, and finds this one right."""
+    findings = list(device.device())
+    assert all(finding.passed for finding in findings), [f for f in findings if not f.passed]
+    names = " ".join(finding.name for finding in findings)
+    wanted = "position 262,143|sorted rows|pieces|short chunk|row slice|accepted|guessed|sparse|thread|gradient"
+    assert all(word in names for word in wanted.split("|"))
+
+
+def test_a_wrong_device_is_found(monkeypatch: Patch) -> None:
+    """A cosine that loses large angles, attention that forgets keys, a product that loses a row, other samples."""
+    rope, attention, product = mx.fast.rope, mx.fast.scaled_dot_product_attention, mx.quantized_matmul
+    monkeypatch.setattr(mx.fast, "rope", lambda x, *a, offset, **b: rope(x, *a, offset=min(offset, 100_000), **b))
+    found = [device._rotation(position).passed for position in device.POSITIONS]
+    assert found == [True, True, True, False, False]
+    monkeypatch.setattr(
+        mx.fast, "scaled_dot_product_attention", lambda q, k, v, **o: attention(q, k[:, :, 1:], v[:, :, 1:], **o)
+    )
+    assert not device._attention("attention", 8, 100, None).passed
+    monkeypatch.setattr(mx, "quantized_matmul", lambda x, *a, **b: product(x * (mx.arange(x.shape[-1]) > 0), *a, **b))
+    assert not device._row_slice(256).passed
+    seen: list[int] = []
+
+    def elsewhere(where: Any, work: Callable[[], Any]) -> Any:
+        """Every second result is another device's, and differs."""
+        seen.append(1)
+        made = work()
+        parts = [np.array(part) + len(seen) % 2 for part in (made if isinstance(made, list) else [made])]
+        return parts if isinstance(made, list) else parts[0]
+
+    monkeypatch.setattr(device, "_on", elsewhere)
+    assert not any(finding.passed for finding in device._against_the_cpu())

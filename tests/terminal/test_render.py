@@ -4,6 +4,7 @@ import io
 import json
 import random
 import re
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -395,3 +396,16 @@ def test_recordings_show_every_frame(tmp_path: Path, clock: Callable[[float], No
 def test_a_recording_of_another_kind_is_refused_beforehand(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"expected a name ending in \.svg, \.html or \.cast"):
         recording.Recording(tmp_path / "canvas.gif")
+
+
+def test_ctrl_z_is_minded_while_a_canvas_is_drawn() -> None:
+    """The cursor is hidden then; what a shell without job control ignores stays ignored."""
+    terminal = screen.Terminal(Console(file=io.StringIO(), width=20))
+    before = signal.getsignal(signal.SIGTSTP)
+    for handler, minded in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+        signal.signal(signal.SIGTSTP, handler)
+        terminal.draw([[("a", "")]])
+        assert (signal.getsignal(signal.SIGTSTP) != handler) is minded
+        terminal.close()
+        assert signal.getsignal(signal.SIGTSTP) == handler
+    signal.signal(signal.SIGTSTP, before)

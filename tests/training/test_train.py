@@ -80,13 +80,14 @@ def test_a_model_from_scratch_is_a_whole_checkpoint(tmp_path: Path, data: Path) 
     assert any(is_vision(name) for name in names)
 
 
-def test_the_same_command_again_does_nothing_and_another_is_refused(tmp_path: Path, data: Path) -> None:
-    """The learning rate's schedule depends on the number of steps: a longer run is another run."""
+def test_the_same_command_again_goes_on_and_another_is_refused(tmp_path: Path, data: Path) -> None:
     command = ("--data", data, "--output", tmp_path, *QUICK[2:], "--steps")
     first, same, longer = (run(*command, steps) for steps in (2, 2, 4))
-    assert first.exit_code == same.exit_code == 0
+    assert first.exit_code == same.exit_code == longer.exit_code == 0
     assert "step 2/2" in first.output and "step 1/" not in same.output
-    assert longer.exit_code == 1 and "its steps is 2, yours 4" in longer.output
+    assert "step 4/4" in longer.output and "step 1/" not in longer.output
+    other = run(*command, 4, "--seed", 7)
+    assert other.exit_code == 1 and "holds another run: its seed is 0, yours 7" in other.output
 
 
 def test_peft_is_written_for_a_finished_run_without_training_again(tmp_path: Path, data: Path) -> None:
@@ -229,7 +230,7 @@ def test_memory_is_predicted_and_a_run_that_does_not_fit_is_refused(
 def test_layers_are_recomputed_where_only_that_fits(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_diffgemma.model.memory.machine_limit", lambda: 50 * 10**6)
+    monkeypatch.setattr("mlx_diffgemma.model.memory.machine_limit", lambda: 80 * 10**6)
     done = run("--data", data, "--output", tmp_path, *QUICK)
     assert done.exit_code == 0, done.output
     assert "Turning on --checkpoint-layers" in done.output

@@ -276,6 +276,22 @@ def test_recomputing_changes_nothing(lora: Lora | None, monkeypatch: pytest.Monk
     same(runs[0][1], runs[1][1])
 
 
+def test_pieces_of_the_vocabulary_pass_bound_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four times the rows, the same logits at a time: forward, backward and first look one piece after another."""
+    monkeypatch.setattr(objective, "LOGITS", 1 << 19)
+    peaks = []
+    for count in (4, 16):
+        network = small(vocab_size=1 << 15)
+        batch = make_batch(examples(count, vocabulary=128), np.random.default_rng(0), network.config, Settings(), ENDS)
+        mx.eval(network.parameters(), batch.tokens, batch.clean, batch.noisy)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(nn.value_and_grad(network, lambda n=network, b=batch: sum(objective.losses(n, b)))())
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 1.3 * peaks[0]
+
+
 def test_recomputing_layers_needs_less_memory() -> None:
     """MLX would keep what is computed again until the end, if the gradients of the weights did not come first."""
     peaks = []
@@ -348,7 +364,7 @@ def test_events_say_what_happened(tmp_path: Path) -> None:
     assert [e.step for e in events if isinstance(e, Trained)] == list(range(1, 13))
     assert [e.step for e in events if isinstance(e, Evaluated)] == [6, 12]
     assert [e.step for e in events if isinstance(e, Saved)] == [4, 8, 12]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000008", "step-0000012"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["step-0000008", "step-0000012"]
 
 
 def test_accumulated_gradients_are_the_mean_of_their_batches(tmp_path: Path) -> None:
@@ -360,8 +376,7 @@ def test_accumulated_gradients_are_the_mean_of_their_batches(tmp_path: Path) -> 
         batch = make_batch(run.batches[number], rng, run.network.config, settings, ENDS)
         parts.append(nn.value_and_grad(run.network, lambda b=batch: sum(objective.losses(run.network, b)))())
     before = run.network.decoder.norm.weight
-    event = next(run.run())
-    assert isinstance(event, Trained)
+    event = next(e for e in run.run() if isinstance(e, Trained))
     assert event.loss == pytest.approx((parts[0][0] + parts[1][0]).item() / 2, rel=1e-5)
     mean = (parts[0][1]["decoder"]["norm"]["weight"] + parts[1][1]["decoder"]["norm"]["weight"]) / 2
     moved = run.network.decoder.norm.weight - before
@@ -396,7 +411,7 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused(tmp_path: Path) -> None:
     network = small()
     preparation.prepare(network, Settings())  # the router is frozen here
     other = Trainer(network, QUICK, examples=examples(8, vocabulary=128), held_out=[], ends=ENDS, folder=tmp_path)
-    with pytest.raises(TrainingError, match="another kind of run"):
+    with pytest.raises(TrainingError, match="holds another run"):
         next(other.run())
 
 

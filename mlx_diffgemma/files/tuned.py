@@ -1,0 +1,115 @@
+"""What `mlx_diffgemma.tune` chose, remembered under the user's cache folder: a small file for each pack and device.
+
+A choice holds for the chip, macOS, MLX and version of this package that it was measured with; another's is left alone.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_args
+
+import mlx.core as mx
+
+from .._version import __version__
+from ..disk import replacing, visible
+from ..model.tuning import Trunk, Tuning
+
+FIELDS = ("trunk", "tile", "scores", "wired", "operations")  # what is chosen, in this order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A remembered choice, or why there is none that can be used."""
+
+    tuning: Tuning | None = None
+    notices: tuple[str, ...] = ()
+
+
+def folder() -> Path:
+    """MLX_DIFFGEMMA_CACHE, or this package's place in the user's cache folder."""
+    if own := os.environ.get("MLX_DIFFGEMMA_CACHE"):
+        return Path(own)
+    if platform.system() == "Darwin":
+        return Path.home() / "Library" / "Caches" / "mlx_diffgemma"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_diffgemma"
+
+
+def circumstances() -> dict[str, str]:
+    """What a choice depends on beside the pack."""
+    return {
+        "chip": str(mx.device_info().get("device_name", platform.machine())),
+        "device": mx.default_device().type.name,
+        "system": f"macOS {platform.mac_ver()[0]}" if platform.system() == "Darwin" else platform.system(),
+        "mlx": version("mlx"),
+        "mlx_diffgemma": __version__,
+    }
+
+
+def file_of(pack: Path) -> Path:
+    """Where this pack's choice on this device is kept."""
+    here = circumstances()
+    sizes = sorted((file.name, file.stat().st_size) for file in visible(pack, "*.safetensors"))
+    known = json.dumps([here["chip"], here["device"], sizes, (pack / "config.json").read_text()])
+    return folder() / f"tuning-{hashlib.sha256(known.encode()).hexdigest()[:16]}.json"
+
+
+def remembered(pack: Path) -> Found:
+    """The choice for this pack here; none, without a word, where nothing was chosen."""
+    try:
+        file = file_of(pack)
+        text = file.read_text()
+    except (OSError, RuntimeError, UnicodeDecodeError):
+        return Found()
+    try:
+        kept = json.loads(text)
+        then, tuning = kept["measured_with"], read(kept["tuning"])
+    except (ValueError, KeyError, TypeError):
+        return Found(notices=(f"{file} is not a choice of mlx_diffgemma.tune and is left alone.",))
+    here = circumstances()
+    changed = [f"{name} {then.get(name)}, now {here[name]}" for name in here if then.get(name) != here[name]]
+    if changed:
+        then = "; ".join(changed)
+        return Found(notices=(f"the tuning was measured with {then} and is left alone: run mlx_diffgemma.tune again.",))
+    return Found(tuning=tuning)
+
+
+def remember(pack: Path, name: str, tuning: Tuning, seconds: dict[str, Any]) -> Path:
+    """Write the choice whole or not at all. Errors: OSError, DiffGemmaError."""
+    file = file_of(pack)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    values = {field: asdict(tuning)[field] for field in FIELDS}
+    kept = {"pack": name, "measured_with": circumstances(), "tuning": values, "seconds": seconds}
+    with replacing(file) as stream:
+        stream.write((json.dumps(kept, indent=1) + "\n").encode())
+    return file
+
+
+def everything() -> list[tuple[Path, dict[str, Any] | None]]:
+    """All choices that are kept; None for a file that cannot be read."""
+    found = []
+    for file in sorted(folder().glob("tuning-*.json")) if folder().is_dir() else ():
+        kept: dict[str, Any] | None = None
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            read_text: Any = json.loads(file.read_text())
+            read(read_text["tuning"])
+            kept = read_text
+        found.append((file, kept))
+    return found
+
+
+def read(values: dict[str, Any]) -> Tuning:
+    """The tuning that these values of FIELDS make. Errors: ValueError, TypeError."""
+    if set(values) != set(FIELDS):
+        raise ValueError("other fields")
+    for field in ("tile", "operations", "scores"):
+        value = values[field]
+        if not (value is None and field != "scores") and (type(value) is not int or not 1 <= value < 1 << 40):
+            raise ValueError(field)
+    if values["trunk"] not in get_args(Trunk) or type(values["wired"]) is not bool:
+        raise ValueError("trunk, wired")
+    return Tuning(**values)
