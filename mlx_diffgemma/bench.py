@@ -97,7 +97,7 @@ def main(
             found[name] = measure(loaded, *prompts[name], repeat)
         except PromptError as error:  # a prompt longer than a small model's context
             found[name] = {"left_out": str(error)}
-    figures = about | memory() | {"without": list(without), "prompts": found}
+    figures: dict[str, Any] = about | memory() | {"without": list(without), "prompts": found}
     if steps:
         figures["steps"] = take_apart(loaded, pause)
     with replacing(target, "w") as stream:
