@@ -232,7 +232,7 @@ def test_the_commands_run_in_their_order(home: Path, request: pytest.FixtureRequ
 
 @pytest.mark.parametrize("page", NOT_RUN, ids=named)
 def test_the_options_of_commands_that_are_not_run_exist(page: Path) -> None:
-    for line in (part for line in commands(page) for part in line.split("&&")):
+    for line in (part for each in commands(page) for part in each.split("&&")):
         name, *args = shlex.split(line, comments=True)
         command = main.get_command(None, name.removeprefix("mlx_diffgemma."))  # type: ignore[arg-type]
         assert command, name
