@@ -16,6 +16,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -109,7 +110,11 @@ def compare(old: str, new: str, names: Sequence[str]) -> list["Difference"]:
         with tree(old, folder / "old") as first, tree(new, folder / "new") as second:
             make_models(first, folder / "models", {RUNS[name].model for name in names})
             sides = [ask(side, folder, out, runs=names) for side, out in ((first, "a"), (second, "b"))]
-            before, after = (answer(side, folder / out) for side, out in zip(sides, "ab", strict=True))
+            try:
+                before, after = (answer(side, folder / out) for side, out in zip(sides, "ab", strict=True))
+            finally:
+                for side in sides:
+                    side.kill()  # the other one, if one has failed or we are ended
             found = [difference(name, before[name], after[name]) for name in names]
             return measured([each for each in found if each], first, folder)
 
@@ -269,4 +274,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that worktrees go even then
     sys.exit(main())

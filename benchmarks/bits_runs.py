@@ -189,17 +189,17 @@ def noise(run: Run, loaded: Any, rows: int) -> Noise:
 
 def distance(run: Run, models: Path, address: tuple[int, int, int], target: int) -> float:
     """How far at most the draw of one guess (canvas, step, position) is from one that gives the id `target`, to a
-    factor of 2; the guess follows the draw in the order of the ids. A probability; infinite for an id that no draw
+    factor of 4; the guess follows the draw in the order of the ids. A probability; infinite for an id that no draw
     reaches."""
     loaded = model(models / run.model, run.trunk)
     own = noise(run, loaded, 1)
     known = guess(loaded, run, own, address)
-    by = 2.0**-25 if known < target else -(2.0**-25)
+    by = 2.0**-24 if known < target else -(2.0**-24)
     while abs(by) <= 1:
         reached = guess(loaded, run, Moved(own, address, by), address)
         if (reached >= target) if by > 0 else (reached <= target):
             return abs(by)
-        by *= 2
+        by *= 4
     return float("inf")
 
 

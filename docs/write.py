@@ -37,7 +37,10 @@ def commands() -> str:
     for name in cli.COMMANDS:
         command = cli.main.get_command(click.Context(cli.main), name)
         assert isinstance(command, cli.Command)
-        context = click.Context(command, info_name=f"mlx_diffgemma.{name}", terminal_width=WIDTH)
+        names = command.context_settings["help_option_names"]
+        context = click.Context(
+            command, info_name=f"mlx_diffgemma.{name}", terminal_width=WIDTH, help_option_names=names
+        )
         parts.append(f"## {name}\n\n```text\n{command.help_all(context).rstrip()}\n```\n")
     return "\n" + "\n".join(parts) + "\n"
 

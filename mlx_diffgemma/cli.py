@@ -326,7 +326,8 @@ _GENERATION: dict[str, dict[str, Any]] = {
     "temperature": {"type": _NUMBER, "metavar": "X", "help": "Of the schedule: 1 is the reference, 0 --greedy."},
     "decoding": {
         "type": click.Choice(["diffusion", "autoregressive"]),
-        "help": "A canvas at a time, or token by token.  [default: diffusion]",
+        "metavar": "WAY",
+        "help": "diffusion, or autoregressive: token by token.",
     },
     "extra_eos_token": {
         "section": _PROMPT,

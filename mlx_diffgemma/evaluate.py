@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import command, generation_options, model_options, open_model, run_options
+from .cli import Option, command, generation_options, model_options, open_model, run_options
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,9 +19,31 @@ if TYPE_CHECKING:
 @click.option("--tasks", required=True, metavar="A,B|FOLDER", help="Tasks by name, or a folder of task files.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only so many questions of each task.")
 @click.option("--num-shots", type=click.IntRange(0), metavar="N", help="Examples before each question.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Texts at a time.")
-@click.option("--output-dir", metavar="FOLDER", default=".", show_default=True, help="Where the JSON goes.")
-@click.option("--apply-chat-template/--no-chat-template", default=True, help="Questions as a user's message.")
+@click.option(
+    "--batch-size",
+    cls=Option,
+    section="Run",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Texts at a time.",
+)
+@click.option(
+    "--output-dir",
+    cls=Option,
+    section="Run",
+    metavar="FOLDER",
+    default=".",
+    show_default=True,
+    help="Where the JSON goes.",
+)
+@click.option(
+    "--apply-chat-template/--no-chat-template",
+    cls=Option,
+    section="Run",
+    default=True,
+    help="Questions as a user's message.",
+)
 @generation_options
 def main(
     source: dict[str, Any],

@@ -25,7 +25,8 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "LOG.md"))]
 LINKED += [ROOT / "benchmarks" / "README.md", ROOT / "convert" / "README.md"]
-OBEYING = ROOT / "docs" / "constraints.md"  # its examples run in tests/test_docs.py
+# Its commands need files of their own, and tests/test_docs.py runs its blocks: here only the options are looked at.
+NOT_RUN = [ROOT / "docs" / "constraints.md"]
 OTHERS = ROOT / "docs" / "compared.md"  # names files of other programs
 
 
@@ -68,7 +69,8 @@ def test_the_reference_pages_miss_nothing() -> None:
     for name in write.cli.COMMANDS:
         command = main.get_command(None, name)  # type: ignore[arg-type]
         assert command is not None
-        spellings = [spelling for option in command.params for spelling in option.opts]
+        shown = [option for option in command.params if not getattr(option, "hidden", False)]
+        spellings = [spelling for option in shown for spelling in option.opts if spelling.startswith("-")]
         assert f"## {name}\n" in text and all(spelling in text for spelling in spellings)
     api = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     unions = {"Event", "__version__"}
@@ -177,6 +179,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what a reader would have: the download, data for training, another Mac's figures."""
     home = tmp_path_factory.mktemp("reader")
     small.write_checkpoint(home / "released")
+    (home / "letter.txt").write_text("Dear Ada, the ship is late.")
     (home / "my-data").mkdir()
     rows = [{"prompt": f"{i}", "completion": f"{i}!"} for i in range(4)]
     for name in ("train", "valid"):
@@ -203,10 +206,13 @@ SMALLER = {
     "convert": "--hf-path released",
     "train": "--steps 1 --batch-size 1 --max-length 64",
     "bench": "--repeat 1 --only fact",
+    "tune": "--show",  # minutes; tests/commands/test_tune.py runs it
     "check": "--help",  # most of a minute; test_check.py runs all of it, part by part
 }
 MADE = ("--mlx-path", "--record", "--output", "--save-noise", "--save-path")
-RUN = [page for page in PAGES if page != OBEYING and any(line.startswith("mlx_diffgemma.") for line in commands(page))]
+RUN = [
+    page for page in PAGES if page not in NOT_RUN and any(line.startswith("mlx_diffgemma.") for line in commands(page))
+]
 
 
 @pytest.mark.parametrize("home", RUN, ids=named, indirect=True)
@@ -217,15 +223,25 @@ def test_the_commands_run_in_their_order(home: Path, request: pytest.FixtureRequ
         name, *options = shlex.split(line.removeprefix("mlx_diffgemma."))
         if "--compare" in options:
             (home / "that-mac.json").write_text((home / "this-mac.json").read_text())
-        else:
-            options += shlex.split(SMALLER.get(name, ""))
+        elif "--report" not in options:
+            options += shlex.split(SMALLER.get(name, "")) + ["--pause", "0"] * ("--steps" in options)
         result = CliRunner().invoke(main, [name, *options], input="Hello\n/exit\n")
         assert result.exit_code == 0, f"{line}\n{result.output}"
         made = [options[i + 1] for i, o in enumerate(options) if o in MADE and "--dry-run" not in options]
         assert all((home / path).exists() for path in made), line
 
 
-PYTHON = [page for page in PAGES if page != OBEYING and any(kind == "python" for kind, _ in blocks(page))]
+@pytest.mark.parametrize("page", NOT_RUN, ids=named)
+def test_the_options_of_commands_that_are_not_run_exist(page: Path) -> None:
+    for line in commands(page):
+        name, *args = shlex.split(line, comments=True)
+        command = main.get_command(None, name.removeprefix("mlx_diffgemma."))  # type: ignore[arg-type]
+        assert command, name
+        known = [spelling for option in command.params for spelling in option.opts]
+        assert all(arg in known for arg in args if arg.startswith("-")), line
+
+
+PYTHON = [page for page in PAGES if page not in NOT_RUN and any(kind == "python" for kind, _ in blocks(page))]
 
 
 @pytest.mark.parametrize("home", PYTHON, ids=named, indirect=True)

@@ -37,10 +37,11 @@ def test_help_fits_a_screen_and_help_all_has_everything(name: str, monkeypatch: 
     assert len(short.stdout.splitlines()) <= 24
     command = main.get_command(None, name)  # type: ignore[arg-type]
     assert isinstance(command, Command)
-    spellings = [opt for option in command.params for opt in option.opts if opt.startswith("--")]
+    shown = [option for option in command.params if not getattr(option, "hidden", False)]
+    spellings = [opt for option in shown for opt in option.opts if opt.startswith("--")]
     missing = [spelling for spelling in spellings if spelling not in long.stdout]
     assert not missing
-    hidden = [option for option in command.params if getattr(option, "section", "")]
+    hidden = [option for option in shown if getattr(option, "section", "")]
     assert f"{len(hidden)} more options: main {name} --help-all" in short.stdout
     assert run(name, "--version").stdout == f"mlx_diffgemma, version {__version__}\n"
 
