@@ -12,14 +12,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from benchmarks import common, generate, load, readme, roofline, soak, step
+from benchmarks import common, generate, kernels, load, readme, roofline, soak, step
 from benchmarks.models import generation_config, peer_model, reference_model
 from mlx_diffgemma.config import LayerConfig, ModelConfig
 from mlx_diffgemma.files.weights import load_network
 from mlx_diffgemma.generation.settings import GenerationConfig
 from mlx_diffgemma.model.memory import MACS, smallest_macs
 from mlx_diffgemma.model.network import Network
-from mlx_diffgemma.model.tuning import DEFAULT
+from mlx_diffgemma.model.tuning import DEFAULT, Tuning
 from mlx_diffgemma.pipeline import loading
 
 from . import small, synthetic
@@ -370,3 +370,13 @@ def test_a_generation_config_for_the_others_leaves_nothing_out() -> None:
     published = synthetic.published("released/generation_config.json")
     made = generation_config(GenerationConfig.from_dict(published))
     assert made == {key: value for key, value in published.items() if key != "transformers_version"}
+
+
+def test_kernels_do_not_become_more() -> None:
+    """Counted from the graph at released shapes ; nothing is computed."""
+    network = kernels.make_network(6, packed=False)
+    counted = {part: sum(c.values()) for part, c in kernels.step(network, 300, Tuning(tile=32_768, streams=1)).items()}
+    assert counted["vocabulary"] <= 250 and counted["sampler"] <= 20
+    assert counted["layers"] <= 6 * 52 + 20  # twenty for embedding and self-conditioning
+    many = kernels.step(network, 300, Tuning(tile=8_192, streams=1))
+    assert sum(many["vocabulary"].values()) > 2.5 * counted["vocabulary"]
