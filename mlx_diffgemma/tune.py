@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +154,9 @@ def in_a_process(pack: str) -> Measure:
     """Measure in a process of its own. Errors: NotMeasured."""
 
     def measure(tunings: Sequence["Tuning"]) -> Seconds:
-        values = [asdict(tuning) for tuning in tunings]
+        from .files.tuned import FIELDS
+
+        values = [{field: getattr(tuning, field) for field in FIELDS} for tuning in tunings]
         job = json.dumps({"pack": pack, "tunings": values})
         environment = dict(os.environ)
         if tunings[0].operations is not None:

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -82,7 +82,7 @@ def remember(pack: Path, name: str, tuning: Tuning, seconds: dict[str, Any]) -> 
     """Write the choice whole or not at all. Errors: OSError, DiffGemmaError."""
     file = file_of(pack)
     file.parent.mkdir(parents=True, exist_ok=True)
-    values = {field: asdict(tuning)[field] for field in FIELDS}
+    values = {field: getattr(tuning, field) for field in FIELDS}
     kept = {"pack": name, "measured_with": circumstances(), "tuning": values, "seconds": seconds}
     with replacing(file) as stream:
         stream.write((json.dumps(kept, indent=1) + "\n").encode())

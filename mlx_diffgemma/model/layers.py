@@ -53,7 +53,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.up(x))
+
+    def up(self, x: mx.array) -> mx.array:
+        """[…, H] → the inner values that `down_proj` takes."""
+        return geglu(self.gate_proj(x), self.up_proj(x))
 
 
 class Router(nn.Module):
@@ -95,21 +99,33 @@ class Experts(nn.Module):
 
     def __call__(self, x: mx.array, experts: mx.array, weights: mx.array, tuning: Tuning) -> mx.array:
         """[N, H], expert ids [N, K], weights [N, K] → [N, H]."""
+        wide, order = self.up(x, experts, tuning)
+        return self.down(wide, experts, weights, order).astype(x.dtype)
+
+    def up(self, x: mx.array, experts: mx.array, tuning: Tuning) -> tuple[mx.array, mx.array | None]:
+        """[N, H] and expert ids [N, K] → the chosen experts' inner values, and the order they are in: [N, K, 1, M] as
+        chosen (None), or [N · K, 1, M] sorted by expert."""
         tokens, top_k = experts.shape
         if tokens * top_k < tuning.sort_from:
-            y = self._mlp(x[:, None, None], experts, sorted_indices=False)[:, :, 0]  # [N, K, H]
-        else:
-            order = mx.argsort(experts.flatten())  # rows of one expert together
-            back = mx.put_along_axis(mx.zeros_like(order), order, mx.arange(order.size, dtype=order.dtype), axis=0)
-            # The axis is added before the rows are gathered: added last, it makes strides that BLAS dislikes.
-            rows = x[:, None][order // top_k]  # [N · K, 1, H]
-            y = self._mlp(rows, experts.flatten()[order], sorted_indices=True)
-            y = y[:, 0][back].reshape(tokens, top_k, -1)  # [N, K, H]
-        return _weighted(y, weights[..., None]).sum(axis=1).astype(x.dtype)
+            return self._gated(x[:, None, None], experts, sorted_indices=False), None
+        order = mx.argsort(experts.flatten())  # rows of one expert together
+        # The axis is added before the rows are gathered: added last, it makes strides that BLAS dislikes.
+        rows = x[:, None][order // top_k]  # [N · K, 1, H]
+        return self._gated(rows, experts.flatten()[order], sorted_indices=True), order
 
-    def _mlp(self, x: mx.array, experts: mx.array, *, sorted_indices: bool) -> mx.array:
+    def down(self, wide: mx.array, experts: mx.array, weights: mx.array, order: mx.array | None) -> mx.array:
+        """What `up` gave → [N, H], weighted by [N, K]."""
+        if order is None:
+            y = self.down_proj(wide, experts, sorted_indices=False)[:, :, 0]  # [N, K, H]
+        else:
+            back = mx.put_along_axis(mx.zeros_like(order), order, mx.arange(order.size, dtype=order.dtype), axis=0)
+            y = self.down_proj(wide, experts.flatten()[order], sorted_indices=True)
+            y = y[:, 0][back].reshape(*experts.shape, -1)  # [N, K, H]
+        return _weighted(y, weights[..., None]).sum(axis=1)
+
+    def _gated(self, x: mx.array, experts: mx.array, *, sorted_indices: bool) -> mx.array:
         gate, up = mx.split(self.gate_up_proj(x, experts, sorted_indices=sorted_indices), 2, axis=-1)
-        return self.down_proj(geglu(gate, up), experts, sorted_indices=sorted_indices)
+        return geglu(gate, up)
 
 
 class Attention(nn.Module):
@@ -137,7 +153,8 @@ class Attention(nn.Module):
         values = mx.fast.rms_norm(values, None, self.eps).swapaxes(1, 2)  # [B, heads, T, D]
         keys, values = memory(self._rotate(self.k_norm(keys), offset), values)
         y = attend(self._rotate(self.q_norm(queries), offset), keys, values, mask, tuning)
-        return self.o_proj(y.swapaxes(1, 2).flatten(2))
+        [heads] = tuning.share.gather(y.swapaxes(1, 2).flatten(2))
+        return tuning.share.gather(self.o_proj(heads))[0]
 
     def _split(self, x: mx.array, heads: int) -> mx.array:
         return x.reshape(*x.shape[:2], heads, self.head_dim)
@@ -254,11 +271,15 @@ class Layer(nn.Module):
     ) -> mx.array:
         """[B, T, H] → [B, T, H]; `scalar` is the encoder's or the decoder's `layer_scalar`."""
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), offset, memory, mask, tuning))
-        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
         flat = x.flatten(0, 1)  # [N, H]
         experts, weights = self.router(flat)  # the raw residual, not a normed one
-        sparse = self.experts(self.pre_feedforward_layernorm_2(flat), experts, weights, tuning).reshape(x.shape)
-        branches = dense + self.post_feedforward_layernorm_2(sparse)
+        normed = self.pre_feedforward_layernorm_2(flat)
+        wide, order = self.experts.up(normed, experts, tuning)
+        dense, wide = tuning.share.gather(self.mlp.up(self.pre_feedforward_layernorm(x)), wide)
+        sparse = self.experts.down(wide, experts, weights, order).astype(normed.dtype)
+        dense, sparse = tuning.share.gather(self.mlp.down_proj(dense), sparse)
+        branches = self.post_feedforward_layernorm_1(dense)
+        branches = branches + self.post_feedforward_layernorm_2(sparse.reshape(x.shape))
         return _added(x, self.post_feedforward_layernorm(branches), scalar)
 
 

@@ -15,6 +15,7 @@ from ..config import ModelConfig
 from . import masks
 from .cache import LayerCache, PrefixCache
 from .layers import Layer, Memory, SelfConditioning
+from .supply import Resident, Supply
 from .table import scaled, soft_embedding, softcap
 from .tuning import DEFAULT, Tuning
 
@@ -58,6 +59,7 @@ class Network(nn.Module):
     def __init__(self, config: ModelConfig, tuning: Tuning = DEFAULT):
         super().__init__()
         self.config, self.tuning = config, tuning
+        self.experts: Supply = Resident()
         self.decoder = Decoder(config)
         self.encoder = Encoder(config)
 
@@ -119,8 +121,10 @@ class Network(nn.Module):
     ) -> mx.array:
         """All layers and the last norm; one mask per kind of layer (layers of a kind hold the same positions)."""
         by_window = {layer.window: mask(layer) for layer in cache.layers}
-        for layer, scalar, kept in zip(self.decoder.layers, scalars, cache.layers, strict=True):
-            x = layer(x, scalar, cache.length, memory(kept), by_window[kept.window], self.tuning)
+        for number, (layer, scalar, kept) in enumerate(zip(self.decoder.layers, scalars, cache.layers, strict=True)):
+            with self.experts.layer(number) as done:
+                y = layer(x, scalar, cache.length, memory(kept), by_window[kept.window], self.tuning)
+                x = done(y, kept.state)
         return self.decoder.norm(x)
 
     def head(self, hidden: mx.array) -> mx.array:

@@ -5,6 +5,8 @@ from typing import Literal
 
 import mlx.core as mx
 
+from .sharing import ALONE, Share
+
 Trunk = Literal["auto", "packed", "bf16"]
 CPU_TILE, GPU_TILE = 8_192, 32_768
 
@@ -14,7 +16,7 @@ class Tuning:
     """The defaults suit the device; `trunk` "auto" is settled when a model is loaded. `mlx_diffgemma.tune` measures
     which of the first five a machine likes.
 
-    The last three fields leave out an exact idea, for comparison (`bench --without`).
+    The three fields before the last leave out an exact idea, for comparison (`bench --without`).
     """
 
     tile: int | None = None  # ids of the vocabulary scored at a time, in whole folds; None: as `ids_at_once` says
@@ -26,6 +28,7 @@ class Tuning:
     sort_from: int = 64  # (token, expert) pairs from which sorting by expert pays
     skip_hidden_keys: bool = True  # attention leaves out the keys that a window hides from a run of queries
     write_in_place: bool = True  # a canvas's keys and values lie behind the prefix, which is not copied
+    share: Share = ALONE  # what this machine computes where several share a model
 
     @property
     def ids_at_once(self) -> int:

@@ -229,11 +229,15 @@ class AllExperts(Experts):
         nn.Module.__init__(self)
         self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
 
-    def __call__(self, x: mx.array, experts: mx.array, weights: mx.array, tuning: Tuning) -> mx.array:
-        into, out = self.gate_up_proj.weight, self.down_proj.weight  # [E, 2 M, H], [E, H, M]
-        count = into.shape[0]
-        chosen = experts[..., None] == mx.arange(count)  # [N, K, E]
+    def up(self, x: mx.array, experts: mx.array, tuning: Tuning) -> tuple[mx.array, mx.array | None]:
+        """[N, H] → the inner values of all experts, [N, E, M]."""
+        into = self.gate_up_proj.weight  # [E, 2 M, H]
+        gate, up = mx.split((x @ into.flatten(0, 1).T).reshape(len(x), into.shape[0], -1), 2, axis=-1)
+        return geglu(gate, up), None
+
+    def down(self, wide: mx.array, experts: mx.array, weights: mx.array, order: mx.array | None) -> mx.array:
+        """Inner values [N, E, M] → [N, H]."""
+        out = self.down_proj.weight  # [E, H, M]
+        chosen = experts[..., None] == mx.arange(out.shape[0])  # [N, K, E]
         share = (chosen * weights[..., None]).sum(axis=1)  # [N, E]
-        gate, up = mx.split((x @ into.flatten(0, 1).T).reshape(len(x), count, -1), 2, axis=-1)
-        y = geglu(gate, up) * share[..., None]  # [N, E, M]
-        return y.flatten(1) @ out.swapaxes(1, 2).flatten(0, 1)
+        return (wide * share[..., None]).flatten(1) @ out.swapaxes(1, 2).flatten(0, 1)
