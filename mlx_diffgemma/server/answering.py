@@ -3,7 +3,7 @@
 import bisect
 import json
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from ..pipeline.constraints import Asked
 from ..pipeline.drafts import Draft
 from ..pipeline.model import DiffusionGemma, Request
 from ..pipeline.results import Result
+from ..text.channels import QUOTE
 from ..text.tokenizer import Tokenizer
 from .exchange import (
     Accepted,
@@ -34,6 +35,7 @@ from .exchange import (
     Said,
 )
 from .prefixes import Prefixes
+from .typed import typed_call
 
 TURN = 32  # tokens of autoregressive decoding that count as one canvas: nobody waits longer for them
 
@@ -227,9 +229,10 @@ class Answering:
                 yield Said(row=row, block=0, text=self.rows[row].fill(result.holes[0]), thinking="")
 
     def _ended(self) -> Ended:
-        settings, request = self.request.settings, self.request
+        settings, request, of = self.request.settings, self.request, self.order.of
+        tools = (isinstance(of, Conversation) and of.tools) or ()
         return Ended(
-            answers=tuple(row.answer() for row in self.rows),
+            answers=tuple(row.answer(tools) for row in self.rows),
             prompt_tokens=self._prompt_tokens,
             reused_tokens=self.reused,
             departures=settings.departures | request.departures,
@@ -338,9 +341,9 @@ class _Row:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled), tuple(spelled)
 
-    def answer(self) -> Answer:
+    def answer(self, tools: Sequence[Mapping[str, Any]]) -> Answer:
         parts = self.tokenizer.split(self.ids, open_channel=self.open_channel)
-        calls = tuple(call for call in parts.tool_calls if call.get("name") is not None)
+        calls = tuple(typed_call(call, tools) for call in parts.tool_calls if call.get("name") is not None)
         reason: Any = "stop" if self.cut.found else self.reason or "stop"
         return Answer(
             text=self.text,
@@ -405,4 +408,8 @@ def _language(pins: Pins) -> Any:
 def _arguments(call: dict[str, Any]) -> str:
     """A call that is not finished, for people."""
     name = call.get("name")
-    return str(call.get("text", "")) if name is None else f"{name}({json.dumps(call['arguments'], ensure_ascii=False)})"
+    return (
+        str(call.get("text", "")).replace(QUOTE, '"')
+        if name is None
+        else f"{name}({json.dumps(call['arguments'], ensure_ascii=False)})"
+    )
