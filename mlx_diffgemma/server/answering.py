@@ -406,10 +406,7 @@ def _language(pins: Pins) -> Any:
 
 
 def _arguments(call: dict[str, Any]) -> str:
-    """A call that is not finished, for people."""
-    name = call.get("name")
-    return (
-        str(call.get("text", "")).replace(QUOTE, '"')
-        if name is None
-        else f"{name}({json.dumps(call['arguments'], ensure_ascii=False)})"
-    )
+    """A call that may not be finished, for people."""
+    if call.get("name") is None:
+        return str(call.get("text", "")).replace(QUOTE, '"')
+    return f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})"

@@ -132,9 +132,8 @@ def test_openai_python_puts_the_call_together(server: Running, model: Scripted) 
 
 
 def test_arguments_have_the_types_of_the_schema(server: Running, model: Scripted) -> None:
-    model.script = (
-        '<|tool_call>call:weather{city:12,days:<|"|>3<|"|>,exact:<|"|>true<|"|>,share:<|"|>0.5<|"|>}<tool_call|>'
-    )
+    wrongly = 'city:12,days:<|"|>3<|"|>,exact:<|"|>true<|"|>,share:<|"|>0.5<|"|>'
+    model.script = "<|tool_call>call:weather{" + wrongly + "}<tool_call|>"
     told, _ = message(server, asked())
     arguments = json.loads(told["tool_calls"][0]["function"]["arguments"])
     assert arguments == {"city": "12", "days": 3, "exact": True, "share": 0.5}
@@ -220,11 +219,7 @@ def test_a_conversation_with_calls_and_roles_of_others_is_understood(server: Run
         [
             {"role": "system", "content": "Be brief."},
             *messages[1:3],
-            {
-                "role": "assistant",
-                "content": "",
-                "tool_calls": [{"function": call["function"] | {"arguments": {"city": "Rome"}}}],
-            },
+            {"role": "assistant", "content": "", "tool_calls": [{"function": called}]},
             {"role": "tool", "name": "weather", "content": "sun"},
         ],
         tools=[WEATHER],
@@ -258,9 +253,9 @@ def test_control_tokens_in_a_message_are_text(server: Running, model: Scripted) 
 
 
 def test_many_at_once_leak_nothing(server: Running, model: Scripted) -> None:
-    """Four at a time, until 100 are answered: no marker and no thought in any content, every call typed."""
+    """Four at a time, until 40 are answered: no marker and no thought in any content, every call typed."""
     model.script = "<|channel>thought\nhm<channel|>I look." + CALL + "<channel|>Done."
-    bodies = [asked(f"{number}", stream=bool(number % 2)) for number in range(100)]
+    bodies = [asked(f"{number}", stream=bool(number % 2)) for number in range(40)]
 
     def ask(body: dict[str, Any]) -> str:
         if body["stream"]:
