@@ -422,7 +422,7 @@ class DiffusionGemma:
             optional(flag).read(value, name, fault=PromptError)
         tools = check_tools(tools)
         if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": check_text(prompt, "the prompt")}]
+            prompt = [{"role": "user", "content": check_text(prompt, "the prompt", blank=False)}]
         for name, given in (("enable_thinking", enable_thinking), ("tools", tools)):
             if given and not self.tokenizer.reads(name):
                 raise TokenizerError(f"{name} would do nothing: {self.tokenizer.template()[1]} does not read it.")

@@ -232,8 +232,8 @@ def test_resolve_explains_the_hubs_refusals(monkeypatch: pytest.MonkeyPatch) -> 
             hub.resolve("gogle/diffusiongemma-26B-A4B-it", "v9")
 
     def unreachable(*args: Any, **kwargs: Any) -> None:
-        raise errors.LocalEntryNotFoundError("no connection")
+        raise errors.LocalEntryNotFoundError("Got: ConnectError: [Errno -2]")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(CheckpointError, match="cannot be fetched from the Hub: no connection"):
+    with pytest.raises(CheckpointError, match="cannot be fetched from the Hub: no connection to the Hub."):
         hub.resolve("google/diffusiongemma-26B-A4B-it")
