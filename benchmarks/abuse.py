@@ -231,8 +231,7 @@ def config_cases() -> None:
         "flat": {"rope_type": "default", "rope_theta": 10000.0}, "kind a number": {"sliding_attention": {"rope_type": 3, "rope_theta": 1e4}, "full_attention": {"rope_theta": 1e6}}, "unknown inside": {"sliding_attention": {"rope_theta": 1e4, "mscale": 2}, "full_attention": {"rope_theta": 1e6}},
     }
     for name, value in rope.items():
-        good = name == "flat"  # one table for both kinds of layers, as transformers reads it
-        add("rope", name, *ON_MODEL, good=good, names=() if good else ("rope",), setup=edited("config.json", put("text_config.rope_parameters", value)))
+        add("rope", name, *ON_MODEL, names=("rope",), setup=edited("config.json", put("text_config.rope_parameters", value)))
     blocks: dict[str, Any] = {"a list": [], "a text": "4bit", "bits 7": {"bits": 7, "group_size": 64}, "bits text": {"bits": "4", "group_size": 64}, "no bits": {"group_size": 64}, "mode": {"bits": 4, "group_size": 64, "mode": "int4"},
                               "foreign": {"quant_method": "gptq", "bits": 4}, "override a number": {"bits": 4, "group_size": 64, "model.decoder.embed_tokens": 5}}
     for name, value in blocks.items():
@@ -797,11 +796,11 @@ def later_cases() -> None:
     add("full disk", "batches without locks", *batch, setup=prompts, good=True, leaves=("r.jsonl",), environment={"ABUSE_NO_LOCKS": "1"})
     head = "m = load(model)\n"
     for code, names in {
-        "m.score('')": ("text", "empty"), "m.score(5)": ("text",), "m.score('a\\ud800')": ("text",), "m.score([])": ("text", "ids"), "m.score([10**9])": ("id",), "m.score([-1])": ("id",), "m.score('a', stride=0)": ("stride",), "m.score('a', stride='x')": ("stride",), "m.score('a', answer=5)": ("answer",),
+        "m.score('')": ("score",), "m.score(5)": ("text",), "m.score('a\\ud800')": ("text",), "m.score([])": ("text", "ids"), "m.score([10**9])": ("id",), "m.score([-1])": ("id",), "m.score('a', stride=0)": ("stride",), "m.score('a', stride='x')": ("stride",), "m.score('a', answer=5)": ("answer",),
         "m.decide('x', {})": ("question",), "m.decide(5, {'a': {'type': 'bool', 'question': 'x'}})": ("state",), "m.decide('x', {'a': 5})": ("a",), "m.decide('x', {'a': {'type': 'bool', 'question': 'x'}}, canvas_length=0)": ("canvas_length",), "m.decide('x', {'a': {'type': 'bool', 'question': 'x'}}, seed='x')": ("seed",), "m.decide('x', {'a': {'type': 'bool', 'question': 'x'}}, orders='x')": ("orders",),
         "m.fill('no mark')": ("mark", "<fill>"), "m.fill(5)": ("text",), "m.fill('a <fill>', mark='')": ("mark",), "m.fill('a <fill>', holes=[5])": ("hole",), "m.fill('a <fill>', holes=5)": ("hole",), "m.fill()": ("text", "prefix"), "m.fill(prefix=5)": ("prefix",), "m.generate('a', json_schema=5)": ("schema",), "m.generate('a', json_schema='{')": ("schema",), "m.generate('a', regex=5)": ("regex",), "m.generate('a', choices='ab')": ("choices",), "m.generate('a', choices=[])": ("choices",), "m.generate('a', choices=[5])": ("choices",),
         "m.generate('a', constraint=5)": ("constraint",), "m.generate('a', tool_choice='x')": ("tool_choice",), "m.generate('a', regex='a', choices=['b'])": ("choices", "regex"), "m.generate('a', logprobs=99)": ("logprobs",), "m.generate('a', best_of=0)": ("best_of",), "m.generate('a', retries='x')": ("retries",), "m.generate('a', decoding='x')": ("decoding",), "m.generate('a', top_k=5)": ("top_k",), "m.generate('a', template_options=5)": ("template_options",), "m.generate('a', template_options={'a': object()})": ("template_options",), "m.generate('a', sanitize_control_tokens='x')": ("sanitize_control_tokens",),
-        "next(m.stream('a', best_of=2))": ("best_of",), "m.chat().send('a', seeds=[1])": ("seeds",), "m.edit('a', lines=(1, 1), instruction='')": ("instruction", "edit"), "m.prepare_edit('a\\nb', lines=(0, 1), instruction='x')": ("lines",), "m.prepare_edit('a', lines='x', instruction='x')": ("lines",), "m.prepare_edit(5, lines=(1, 1), instruction='x')": ("text",),
+        "next(m.stream('a', best_of=2))": ("best_of",), "m.edit('a', lines=(1, 1), instruction='')": ("instruction", "edit"), "m.prepare_edit('a\\nb', lines=(0, 1), instruction='x')": ("lines",), "m.prepare_edit('a', lines='x', instruction='x')": ("lines",), "m.prepare_edit(5, lines=(1, 1), instruction='x')": ("text",),
     }.items():
         if code.startswith("m.edit("):
             continue
@@ -821,7 +820,7 @@ def api_cases() -> None:
     }.items():
         for value in values:
             calls[f"generate({name}={value})"] = (head + f"m.generate('Sort: b, a', {name}={value})", (name, name.rstrip("s")))
-    for value in ("5", "None", "[]", "''", "b'x'", "{}", "[{}]", "[{'role': 'user'}, 5]", "[[]]", "['', '']", "[1.5, 2]", "[-1]", "[640]", "[True, False]", "[10**30]", "'bad \\ud800'", "[{'role': 'user', 'content': object()}]", "[{'role': 'user', 'content': float('nan')}]", "['a', 5]", "('a', 'b')", "[1, 'a']"):
+    for value in ("5", "None", "[]", "b'x'", "{}", "[{}]", "[{'role': 'user'}, 5]", "[[]]", "[1.5, 2]", "[-1]", "[640]", "[True, False]", "[10**30]", "'bad \\ud800'", "[{'role': 'user', 'content': object()}]", "[{'role': 'user', 'content': float('nan')}]", "['a', 5]", "('a', 'b')", "[1, 'a']"):
         calls[f"generate({value})"] = (head + f"m.generate({value})", ("prompt", "messages", "id"))
     for value in ("5", "None", "''", "'absent'", "b'x'", "'a\\0b'", "[]", "'x' * 5000", "'\\ud800'"):
         if value == "None":
@@ -830,7 +829,7 @@ def api_cases() -> None:
     for option, values in {"trunk": ["'x'", "5"], "memory_limit": ["-1", "0", "'x'", "1000", "float('nan')"], "adapter": ["5", "'absent'", "''"], "revision": ["'main'", "5"]}.items():
         for value in values:
             calls[f"load({option}={value})"] = (f"load(model, {option}={value})", (option, "memory", "absent"))
-    for value in ("5", "None", "''", "'bad \\ud800'", "[]", "b'x'", "{'role': 'user'}"):
+    for value in ("5", "None", "'bad \\ud800'", "[]", "b'x'", "{'role': 'user'}"):
         calls[f"chat().send({value})"] = (head + f"m.chat().send({value})", ("text", "message", "prompt"))
     for value in ("5", "'bad \\udfff'", "[]"):
         calls[f"chat({value})"] = (head + f"m.chat({value}).send('hi')", ("system", "message"))
@@ -841,7 +840,7 @@ def api_cases() -> None:
         "load()": "load().generate('Sort: b, a', max_tokens=4)", "generate twice": head + "m.generate('Sort: b, a', max_tokens=4); m.generate(['a', 'b'], max_tokens=4)", "null keys": head + "m.generate([{'role': 'user', 'content': 'a', 'name': None}], max_tokens=4)",
         "tuple of messages": head + "m.generate([{'role': 'user', 'content': ({'type': 'text', 'text': 'a'},)}], max_tokens=4)", "Path": "import pathlib\nload(pathlib.Path(model)).generate('a', max_tokens=4)",
         "another thread": head + "import threading\nr = []\nt = threading.Thread(target=lambda: r.append(m.generate('Sort: b, a', max_tokens=4)))\nt.start(); t.join()\nassert r",
-        "a batch of emoji": head + "m.generate(['👩‍👩‍👧', 'é'], max_tokens=4)", "ids beside text": head + "m.generate([[1, 2], 'a'], max_tokens=4)", "no temperature at the end": head + "m.generate('a', t_min=0, max_tokens=4)", "numpy ids": head + "import numpy as np\nm.generate([int(i) for i in np.arange(5)], max_tokens=4)",
+        "a batch of emoji": head + "m.generate(['👩‍👩‍👧', 'é'], max_tokens=4)", "an empty turn": head + "m.generate('', max_tokens=4); m.generate(['', ''], max_tokens=4); m.chat(max_tokens=4).send('')", "ids beside text": head + "m.generate([[1, 2], 'a'], max_tokens=4)", "no temperature at the end": head + "m.generate('a', t_min=0, max_tokens=4)", "numpy ids": head + "import numpy as np\nm.generate([int(i) for i in np.arange(5)], max_tokens=4)",
     }
     for name, code in good.items():
         CASES.append(Case(kind="API", name=f"good: {name}", code=code, good=True, setup=copied))
@@ -1051,7 +1050,7 @@ def state(folder: Path) -> dict[str, bytes | None]:
 def judge(case: Case, outcome: Outcome, before: dict[str, bytes | None], after: dict[str, bytes | None]) -> tuple[str, str]:
     """The outcome's name, and what to show of it."""
     said = [line for line in outcome.stderr.strip().splitlines() if line.strip()]
-    at = next((i for i, line in enumerate(said) if line.startswith("Error:")), None)
+    at = next((i for i, line in enumerate(said) if line.startswith(("Error:", "Failed:"))), None)
     message = " ".join(said[at:]) if at is not None else " ".join(said)
     shown = message[:200] or outcome.stdout.strip()[:120]
     if outcome.seconds > HANG:

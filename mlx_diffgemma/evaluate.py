@@ -101,6 +101,8 @@ def evaluate(
     folder = path if path.is_dir() else None
     manager = task_manager(include_path=str(folder) if folder else None, include_defaults=folder is None)
     names = sorted(manager.all_tasks) if folder else tasks.split(",")
+    if not names:
+        raise ConfigError(f"--tasks {tasks} is a folder without task files, which are YAML.")
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise ConfigError(f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them.")
     try:

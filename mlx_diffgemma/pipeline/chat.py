@@ -32,7 +32,7 @@ class Chat:
     def stream(self, text: str, **options: Any) -> Iterator[Event]:
         """`send`, as events. A turn that is not finished leaves no trace: neither in the history, nor in the prefix
         that is kept, since it is denoised behind a fork of it."""
-        messages = [*self.messages, {"role": "user", "content": check_text(text, "the message", blank=False)}]
+        messages = [*self.messages, {"role": "user", "content": check_text(text, "the message")}]
         options = {**self.options, **options}
         own = ("enable_thinking", "tools", "template_options", "sanitize_control_tokens")
         template = {name: options.pop(name) for name in own if name in options}

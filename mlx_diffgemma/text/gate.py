@@ -27,15 +27,10 @@ SEEN = {  # a part that it cannot take in → what that is called
 }
 
 
-def check_text(text: Any, where: str, *, blank: bool = True, fault: Fault = PromptError) -> str:
-    """`text`, which `where` names in the errors.
-
-    Errors: `fault` for half characters, for what is no text and, unless it may be `blank`, for one that says nothing.
-    """
+def check_text(text: Any, where: str, *, fault: Fault = PromptError) -> str:
+    """`text`, which `where` names in the errors. Errors: `fault` for half characters, and for what is no text."""
     if not isinstance(text, str):
         raise fault(f"{where} is {shown(text)}, expected text.")
-    if not blank and not text.strip():
-        raise fault(f"{where} is empty: there is nothing to answer.")
     if (place := half_character(text)) is not None:
         raise fault(
             f"{where} holds half a character (U+{ord(text[place]):04X}, a lone surrogate) at position {place}.\n"

@@ -97,7 +97,7 @@ REFUSED = [
         1,
         "none.json: there is no such file",
     ),
-    ("generate --model none -p hi --json-schema {files}/broken.json", 1, "no JSON: Expecting property name"),
+    ("generate --model none -p hi --json-schema {files}/broken.json", 1, "not JSON: Expecting property name"),
     ('generate --model none -p hi --json-schema {{"if":1}}', 1, "schema at #: the keyword 'if' is not supported"),
     ("generate --model none -p hi --regex (a", 1, "missing ), unterminated subpattern"),
     ("generate --model none -p hi --regex (?=a)b", 1, "look-around (position 0) is not supported"),
