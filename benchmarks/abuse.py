@@ -337,7 +337,7 @@ def option_cases() -> None:
     kind = "options"
     bad: dict[str, list[str]] = {
         "--seed": ["x", "1.5", ""], "--max-tokens": ["0", "-1", "x", "1.5", "nan", "1e30"], "--max-denoising-steps": ["0", "-3", "x", "inf"], "--t-max": ["-1", "nan", "inf", "x", "0", "-inf", "0.1"],
-        "--t-min": ["-1", "nan", "inf", "x", "0", "9"], "--entropy-bound": ["-1", "nan", "x", "-inf"], "--stability-threshold": ["-1", "x", "1.5"], "--confidence-threshold": ["-1", "nan", "x"],
+        "--t-min": ["-1", "nan", "inf", "x", "9"], "--entropy-bound": ["-1", "nan", "x", "-inf"], "--stability-threshold": ["-1", "x", "1.5"], "--confidence-threshold": ["-1", "nan", "x"],
         "--prefill-step-size": ["0", "-1", "x"], "--canvas-length": ["0", "-1", "x", "49", "100000"], "--pace": ["-1", "nan", "inf", "x"], "--trunk": ["x", ""], "--memory-limit": ["0", "-1", "nan", "x", "0.0000001"],
         "--model": ["", "absent", "no/such/model/here", "\ud800"], "--adapter": ["", "absent"], "--noise": ["", "absent"], "--save-noise": ["", "absent/x.npz", "."], "--record": ["", "x.gif", "absent/x.svg", ".svg/"],
         "--messages": ["", "absent.json", "."],
@@ -384,11 +384,11 @@ def option_cases() -> None:
         add(kind, " ".join(args), *args, names=names, setup=all_of(data, copied))
     for option, values in {"--repeat": ["0", "x"], "--only": ["x", ""], "--without": ["x", ""], "--output": ["", "absent/x.json", "."], "--model": ["", "absent"]}.items():
         for value in values:
-            add(kind, f"bench {option} {value!r}", "bench", *(() if option == "--only" else ("--only", "fact")), *(() if option == "--repeat" else ("--repeat", "1")), option, value, names=(option, value or option))
+            add(kind, f"bench {option} {value!r}", "bench", *(() if option == "--only" else ("--only", "fact")), *(() if option == "--repeat" else ("--repeat", "1")), option, value, names=(option, value or f"{option[2:]} is empty"))
     for option, values in {"--model": ["", "absent"]}.items():
         for value in values:
-            add(kind, f"check {option} {value!r}", "check", option, value, names=(option, value or option))
-            add(kind, f"chat {option} {value!r}", "chat", option, value, names=(option, value or option))
+            add(kind, f"check {option} {value!r}", "check", option, value, names=(option, value or f"{option[2:]} is empty"))
+            add(kind, f"chat {option} {value!r}", "chat", option, value, names=(option, value or f"{option[2:]} is empty"))
     add(kind, "chat --system-prompt half", "chat", "--system-prompt", "\udcff", stdin=b"hi\n", names=("system",))
     for args in (("--version",), ("--help",), ("generate", "--help"), ("train", "-h"), ("generate", "--version")):
         add(kind, "good: " + " ".join(args), *args, good=True)
@@ -798,8 +798,8 @@ def later_cases() -> None:
     for code, names in {
         "m.score('')": ("score",), "m.score(5)": ("text",), "m.score('a\\ud800')": ("text",), "m.score([])": ("text", "ids"), "m.score([10**9])": ("id",), "m.score([-1])": ("id",), "m.score('a', stride=0)": ("stride",), "m.score('a', stride='x')": ("stride",), "m.score('a', answer=5)": ("answer",),
         "m.decide('x', {})": ("question",), "m.decide(5, {'a': {'type': 'bool', 'question': 'x'}})": ("state",), "m.decide('x', {'a': 5})": ("a",), "m.decide('x', {'a': {'type': 'bool', 'question': 'x'}}, canvas_length=0)": ("canvas_length",), "m.decide('x', {'a': {'type': 'bool', 'question': 'x'}}, seed='x')": ("seed",), "m.decide('x', {'a': {'type': 'bool', 'question': 'x'}}, orders='x')": ("orders",),
-        "m.fill('no mark')": ("mark", "<fill>"), "m.fill(5)": ("text",), "m.fill('a <fill>', mark='')": ("mark",), "m.fill('a <fill>', holes=[5])": ("hole",), "m.fill('a <fill>', holes=5)": ("hole",), "m.fill()": ("text", "prefix"), "m.fill(prefix=5)": ("prefix",), "m.generate('a', json_schema=5)": ("schema",), "m.generate('a', json_schema='{')": ("schema",), "m.generate('a', regex=5)": ("regex",), "m.generate('a', choices='ab')": ("choices",), "m.generate('a', choices=[])": ("choices",), "m.generate('a', choices=[5])": ("choices",),
-        "m.generate('a', constraint=5)": ("constraint",), "m.generate('a', tool_choice='x')": ("tool_choice",), "m.generate('a', regex='a', choices=['b'])": ("choices", "regex"), "m.generate('a', logprobs=99)": ("logprobs",), "m.generate('a', best_of=0)": ("best_of",), "m.generate('a', retries='x')": ("retries",), "m.generate('a', decoding='x')": ("decoding",), "m.generate('a', top_k=5)": ("top_k",), "m.generate('a', template_options=5)": ("template_options",), "m.generate('a', template_options={'a': object()})": ("template_options",), "m.generate('a', sanitize_control_tokens='x')": ("sanitize_control_tokens",),
+        "m.fill('no mark')": ("mark", "<fill>"), "m.fill(5)": ("text",), "m.fill('a <fill>', mark='')": ("mark",), "m.fill('a <fill>', holes=[5])": ("hole",), "m.fill('a <fill>', holes=5)": ("hole",), "m.fill()": ("text", "prefix"), "m.fill(prefix=5)": ("prefix",), "m.generate('a', json_schema=5)": ("schema",), "m.generate('a', json_schema='{')": ("schema",), "m.generate('a', regex=5)": ("regex",), "m.generate('a', choices='ab')": ("choices",), "m.generate('a', choices=[])": ("choices",), "m.generate('a', choices=[5])": ("choice",),
+        "m.generate('a', constraint=5)": ("constraint",), "m.generate('a', tool_choice='x')": ("tool_choice",), "m.generate('a', regex='a', choices=['b'])": ("choices", "regex"), "m.generate('a', logprobs=99)": ("logprobs",), "m.generate('a', best_of=0)": ("best_of",), "m.generate('a', retries='x')": ("retries",), "m.generate('a', decoding='x')": ("decoding",), "m.generate('a', top_k=5)": ("top_k",), "m.generate('a', template_options=5)": ("template_options",), "m.generate('a', template_options={'a': object()})": ("option 'a'",), "m.generate('a', sanitize_control_tokens='x')": ("sanitize_control_tokens",),
         "next(m.stream('a', best_of=2))": ("best_of",), "m.edit('a', lines=(1, 1), instruction='')": ("instruction", "edit"), "m.prepare_edit('a\\nb', lines=(0, 1), instruction='x')": ("lines",), "m.prepare_edit('a', lines='x', instruction='x')": ("lines",), "m.prepare_edit(5, lines=(1, 1), instruction='x')": ("text",),
     }.items():
         if code.startswith("m.edit("):

@@ -379,6 +379,7 @@ class DiffusionGemma:
         token is scored once, in the first window that reaches it.
         Errors: PromptError for a text without a second token, ids out of range, or one too long without `stride`.
         """
+        optional(integer(least=1)).read(stride, "stride")
         if answer is None:
             if not isinstance(text, str) and not _is_ids(text):
                 raise PromptError("to score an answer, give messages and `answer`; without it, text or ids.")

@@ -308,9 +308,13 @@ class Journal:
             raise ConfigError(f"{self.path} is no journal of replies.\nRemove it to begin anew.") from None
 
     def _write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        try:
+            self.file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            error.filename = str(self.path)  # a write that fails names no file
+            raise
 
     def _check(self, head: dict[str, Any], about: dict[str, Any], seed: int | None) -> int:
         """The seed it was begun with. Errors: ConfigError when something else has changed since."""

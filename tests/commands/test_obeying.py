@@ -111,6 +111,7 @@ REFUSED = [
     ("edit {files}/latin.txt --model none --lines 1 -p x", 1, "latin.txt is not UTF-8 text: byte 0xe9 in line 1"),
     ("edit {files}/code.py --model none --lines 4-5 -p x", 1, "no lines 4–5: the text has 3 lines"),
     ("edit {files}/code.py --model none --lines two -p x", 2, "'two' names no lines: expected 10-14, or 10"),
+    ("edit {files}/code.py --model none --lines 1- -p x", 2, "'1-' names no lines"),
     ("edit {files}/code.py --model none -p x", 2, "Missing option '--lines'"),
     ("decide --model none --state x", 2, "give --state and --questions, or --prompt and a --choice"),
     ("decide --model none -p x", 2, "give --state and --questions"),
