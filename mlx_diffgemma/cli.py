@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "generate": "Write a reply to a prompt, and watch the canvas settle.",
     "chat": "Talk with the model.",
+    "serve": "Serve the model to editors, chats and scripts, with a page.",
     "score": "Say how likely the model finds a text.",
     "convert": "Turn the released checkpoint into an MLX pack that fits.",
     "edit": "Write some lines of a file anew.",

@@ -1,7 +1,8 @@
 """From what an answer may say to what the engine is held to: a language meets the model's tokenizer.
 
-Byte automata take every spelling of a text, choices and literal text the tokenizer's own. A constraint speaks of the
-answer: a thought in front of it is free, and must be closed in time for the answer to fit.
+Byte automata take every spelling of a text, choices and literal text the tokenizer's own, but where a token may reach
+over a pin's end (joints.py). A constraint speaks of the answer: a thought in front of it is free, and must be closed in
+time for the answer to fit.
 """
 
 import json
@@ -27,6 +28,7 @@ from ..text.language import schema as schemas
 from ..text.language import texts, values
 from ..text.language.automaton import BYTES, Automaton, Language, Part, Spelled
 from ..text.tokenizer import Tokenizer
+from .joints import Joints
 
 THINK = "<|think|>"  # in a prompt: the model may think before it answers
 KEPT = 32  # compiled constraints, the latest
@@ -159,6 +161,7 @@ class Compiler:
         known = tokenizer.token_bytes[:vocabulary]
         self.tokens = known + [None] * (vocabulary - len(known))
         self.spellings = parts.Spellings(self.tokens)
+        self.joints = Joints(self.tokens, lambda text: [self.tokens[i] or b"" for i in self.spell(text)])
         self._made: OrderedDict[Any, Compiled] = OrderedDict()
 
     def compiled(
@@ -172,7 +175,7 @@ class Compiler:
         key = (whole.digest, whole.notes, settings.stop_ids, settings.pad_token_id)
         if key not in self._made:
             began = perf_counter()
-            made_of = self._parts(whole.parts)
+            made_of = self._parts(self.joints.healed(whole.parts))
             made = automaton.build(made_of, self.spellings, stop_ids=settings.stop_ids, pad_id=settings.pad_token_id)
             self._made[key] = Compiled(language=whole, constraint=made, seconds=perf_counter() - began)
         self._made.move_to_end(key)

@@ -2,7 +2,7 @@
 
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import cached_property
@@ -560,37 +560,44 @@ class Request:
             )
         return settings.replace(max_tokens=settings.max_length - longest)
 
-    def events(self, cache: PrefixCache | None = None, pause_at: int | None = None) -> Iterator[Event]:
-        """The engine's events, with texts and results; `cache` and `pause_at` as `engine.generate` has them.
+    def events(self, cache: PrefixCache | None = None, pauses: Sequence[int] = ()) -> Iterator[Event]:
+        """The engine's events, with texts and results; `cache` and `pauses` as `engine.generate` has them.
 
-        Holds the model's lock while it runs. MLX's cache of freed buffers is emptied between the chunks of a prompt,
-        whose buffers never fit the next, longer one, and at the end. Errors: BusyError.
+        Holds the model while it runs (`DiffusionGemma.alone`). Errors: BusyError.
         """
         with self.model.alone():
-            reader = Answers(
-                self.model._tokenizer,
-                self.prompts,
-                self.seeds,
-                constraints=self.constraints,
-                draft=self.draft,
-                departures=self.departures,
-                pace=self.model.pace,
-            )
-            for event in engine.generate(
-                self.model.network,
-                self.prompts,
-                self.settings,
-                self.noise,
-                cache=cache,
-                pause_at=pause_at,
-                reader=reader,
-                constraint=self._constraints,
-            ):
-                if isinstance(event, Prefilled) and event.tokens < event.total:
-                    mx.clear_cache()
-                elif isinstance(event, Finished):
-                    self.model.pace.note(event.statistics, rows=len(self.prompts))
-                yield event
+            yield from self.events_among_others(cache, pauses)
+
+    def events_among_others(self, cache: PrefixCache | None = None, pauses: Sequence[int] = ()) -> Iterator[Event]:
+        """`events` for whoever holds the model already: in one thread several requests can take turns at any event.
+
+        MLX's cache of freed buffers is emptied between the chunks of a prompt, whose buffers never fit the next,
+        longer one.
+        """
+        reader = Answers(
+            self.model._tokenizer,
+            self.prompts,
+            self.seeds,
+            constraints=self.constraints,
+            draft=self.draft,
+            departures=self.departures,
+            pace=self.model.pace,
+        )
+        for event in engine.generate(
+            self.model.network,
+            self.prompts,
+            self.settings,
+            self.noise,
+            cache=cache,
+            pauses=pauses,
+            reader=reader,
+            constraint=self._constraints,
+        ):
+            if isinstance(event, Prefilled) and event.tokens < event.total:
+                mx.clear_cache()
+            elif isinstance(event, Finished):
+                self.model.pace.note(event.statistics, rows=len(self.prompts))
+            yield event
 
     def start_from(self, ids: list[int]) -> None:
         """Let the first canvas begin with `ids`, and not as noise; the statistics say so. Errors: ConfigError."""
@@ -609,19 +616,25 @@ class Request:
         self.noise = recorder = NoiseRecorder(self.noise)
         return recorder
 
-    def run(self) -> list[Result]:
-        """All of it; one Result a prompt: with best_of or retries, of the answer with the best mean log-probability."""
+    def run(self, events: "Callable[[Request], Iterator[Event]] | None" = None) -> list[Result]:
+        """All of it; one Result a prompt: with best_of or retries, of the answer with the best mean log-probability.
+        `events`: another way of running a request than by its own `events`."""
+        run = events or Request.events
         if self.settings.chooses:
-            return choose(self.settings, self.seeds, self._answers)
-        return next(list(event.results) for event in self.events() if isinstance(event, Finished))
+            return choose(self.settings, self.seeds, lambda prompts, seeds: _results(run(self._part(prompts, seeds))))
+        return _results(run(self))
 
-    def _answers(self, prompts: list[int], seeds: list[int]) -> list[Result]:
-        """One batch of answers to the prompts of these numbers, for these seeds."""
+    def _part(self, prompts: list[int], seeds: list[int]) -> "Request":
+        """The prompts of these numbers, for these seeds."""
         request = copy(self)
         request.prompts = [self.prompts[number] for number in prompts]
         request.constraints = [self.constraints[number] for number in prompts]
         request.noise, request.seeds = request._noise(Randomness(seeds=seeds))
-        return next(list(event.results) for event in request.events() if isinstance(event, Finished))
+        return request
+
+
+def _results(events: Iterator[Event]) -> list[Result]:
+    return next(list(event.results) for event in events if isinstance(event, Finished))
 
 
 def _is_ids(prompt: Prompt) -> bool:
