@@ -162,7 +162,7 @@ class Answering:
         ids = self.request.prompts[0]
         cache = prefixes.longest(ids) or self.model.network.make_cache()
         self.reused = cache.length
-        return cache, [end for end in self._lasting_ends(ids, self.order.of) if cache.length < end < len(ids)]
+        return cache, [end for end in self._lasting_ends(ids, self.order.of) if cache.length < end]
 
     def _lasting_ends(self, ids: list[int], of: Conversation) -> list[int]:
         """How many ids other conversations with this system prompt and these tools share, and how many this
