@@ -1,6 +1,7 @@
 """From an Order to News: what the thread that holds the model does for one order."""
 
 import bisect
+import codecs
 import json
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -161,7 +162,7 @@ class Answering:
         ids = self.request.prompts[0]
         cache = prefixes.longest(ids) or self.model.network.make_cache()
         self.reused = cache.length
-        return cache, [end for end in self._lasting_ends(ids, self.order.of) if cache.length < end < len(ids)]
+        return cache, [end for end in self._lasting_ends(ids, self.order.of) if cache.length < end]
 
     def _lasting_ends(self, ids: list[int], of: Conversation) -> list[int]:
         """How many ids other conversations with this system prompt and these tools share, and how many this
@@ -293,9 +294,9 @@ class _Row:
         """The canvas of this row, as it is."""
         end = next((i for i, token in enumerate(best) if token in self.stop_ids), len(best))
         text, channel = self._spoken(best[:end])
-        tokens = tuple(
-            (token, self.tokenizer.decode([token]), round(nats, 4), sure)
-            for token, nats, sure in zip(best, entropy, accepted, strict=True)
+        tokens = closely and tuple(
+            (token, piece, round(nats, 4), sure)
+            for token, piece, nats, sure in zip(best, self._pieces(best), entropy, accepted, strict=True)
         )
         return Drafted(
             row=row,
@@ -308,8 +309,15 @@ class _Row:
             accepted=event.accepted_count[row],
             mean_entropy=event.mean_entropy[row],
             settled=event.settled[row],
-            tokens=tokens if closely else None,
+            end=end,
+            tokens=tokens or None,
         )
+
+    def _pieces(self, ids: list[int]) -> Iterator[str]:
+        """What each id adds to the text. A character of several stands at the last of them; special ids add nothing."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in ids:
+            yield decoder.decode(self.tokenizer.token_bytes[token] or b"")
 
     def _spoken(self, best: list[int]) -> tuple[str, Any]:
         """What these ids add to what is shown, and of which channel it is."""
