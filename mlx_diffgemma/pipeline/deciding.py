@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config import nearest
 from ..errors import ConfigError, PromptError
 from ..generation import engine, labels
 from ..generation.noise import SeededNoise
 from ..model.memory import weight_bytes
+from ..text.gate import check_text
+from ..values import flag, integer, nearest
 from .fitting import check_memory
 
 if TYPE_CHECKING:
@@ -136,7 +137,11 @@ def decide(
     seed: int = 0,
 ) -> list[Decision]:
     """As DiffusionGemma.decide."""
-    if not state.strip():
+    for name, flag_ in (("orders", orders), ("calibrate", calibrate)):
+        flag.read(flag_, name)
+    integer().read(seed, "seed")
+    check_text(template, "template")
+    if not check_text(state, "the state").strip():
         raise PromptError("the state is empty: there is nothing to decide about.")
     asked = questions_of(questions)
     rows = [
