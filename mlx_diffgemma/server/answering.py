@@ -1,6 +1,7 @@
 """From an Order to News: what the thread that holds the model does for one order."""
 
 import bisect
+import codecs
 import json
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -296,9 +297,9 @@ class _Row:
         """The canvas of this row, as it is."""
         end = next((i for i, token in enumerate(best) if token in self.stop_ids), len(best))
         text, channel = self._spoken(best[:end])
-        tokens = tuple(
-            (token, self.tokenizer.decode([token]), round(nats, 4), sure)
-            for token, nats, sure in zip(best, entropy, accepted, strict=True)
+        tokens = closely and tuple(
+            (token, piece, round(nats, 4), sure)
+            for token, piece, nats, sure in zip(best, self._pieces(best), entropy, accepted, strict=True)
         )
         return Drafted(
             row=row,
@@ -311,8 +312,15 @@ class _Row:
             accepted=event.accepted_count[row],
             mean_entropy=event.mean_entropy[row],
             settled=event.settled[row],
-            tokens=tokens if closely else None,
+            end=end,
+            tokens=tokens or None,
         )
+
+    def _pieces(self, ids: list[int]) -> Iterator[str]:
+        """What each id adds to the text. A character of several stands at the last of them; special ids add nothing."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in ids:
+            yield decoder.decode(self.tokenizer.token_bytes[token] or b"")
 
     def _spoken(self, best: list[int]) -> tuple[str, Any]:
         """What these ids add to what is shown, and of which channel it is."""
