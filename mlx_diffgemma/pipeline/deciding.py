@@ -136,7 +136,7 @@ def decide(
     canvas_length: int | None = None,
     seed: int = 0,
 ) -> list[Decision]:
-    """As DiffusionGemma.decide."""
+    """As DiffusionGemma.decide, for who holds the model."""
     for name, flag_ in (("orders", orders), ("calibrate", calibrate)):
         flag.read(flag_, name)
     integer().read(seed, "seed")
@@ -192,8 +192,7 @@ class _Run:
         prefix = max(map(len, prompts))
         check_memory(model.config, weight_bytes(model.network), model.memory_limit, prefix, rows=len(rows))
         noise = SeededNoise([self.seed] * len(rows), length=length, vocabulary=model.config.vocab_size)
-        with model.alone():
-            return labels.log_probabilities(model.network, prompts, ids, self.settings, noise, length)
+        return labels.log_probabilities(model.network, prompts, ids, self.settings, noise, length)
 
     def _prompt(self, row: _Row) -> str:
         listed = row.question.asked(row.order)

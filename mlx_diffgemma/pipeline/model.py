@@ -332,16 +332,17 @@ class DiffusionGemma:
         model's is quicker and less right.
         Errors: ConfigError, PromptError, TokenizerError, MemoryLimitError, BusyError.
         """
-        return deciding.decide(
-            self,
-            state,
-            questions,
-            template=template,
-            orders=orders,
-            calibrate=calibrate,
-            canvas_length=canvas_length,
-            seed=seed,
-        )
+        with self.alone():
+            return deciding.decide(
+                self,
+                state,
+                questions,
+                template=template,
+                orders=orders,
+                calibrate=calibrate,
+                canvas_length=canvas_length,
+                seed=seed,
+            )
 
     def _filled(
         self, task: filling.Task, prompt: str, randomness: "Randomness", options: GenerationOptions

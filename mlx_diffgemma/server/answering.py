@@ -364,6 +364,7 @@ class _Row:
             canvases=self.canvases,
             steps=self.steps,
             logprobs=tuple(self.logprobs) if self.scored else None,
+            stop=self.cut.stop,
         )
 
     def _thinking_tokens(self) -> int:
@@ -375,16 +376,21 @@ class Cut:
     """Text up to the first of some stops. What may be the beginning of one waits."""
 
     def __init__(self, stops: Sequence[str]):
-        self.stops, self.waiting, self.found = stops, "", False
+        self.stops, self.waiting = stops, ""
+        self.stop: str | None = None  # the one that was found
+
+    @property
+    def found(self) -> bool:
+        return self.stop is not None
 
     def add(self, text: str, *, last: bool) -> str:
         """→ what can be said with this text added."""
         if self.found:
             return ""
         whole = self.waiting + text
-        if ends := [at for stop in self.stops if (at := whole.find(stop)) >= 0]:
-            self.found, self.waiting = True, ""
-            return whole[: min(ends)]
+        if ends := [(at, stop) for stop in self.stops if (at := whole.find(stop)) >= 0]:
+            (at, self.stop), self.waiting = min(ends), ""
+            return whole[:at]
         most = 0 if last else max((_begun(whole, stop) for stop in self.stops), default=0)
         self.waiting = whole[len(whole) - most :]
         return whole[: len(whole) - most]

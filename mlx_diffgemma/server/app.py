@@ -19,8 +19,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..readers import parse_json
-from . import openai
-from .exchange import Accepted, Drafted, Ended, Failed, Full, News, Order, Refused
+from . import anthropic, decisions, fim, ollama, openai, responses
+from .exchange import Accepted, Decisions, Drafted, Ended, Failed, Full, News, Order, Refused
 from .guard import Guard, Rules
 from .openai import Served
 from .scheduler import Scheduler
@@ -44,10 +44,11 @@ T = TypeVar("T")
 class Translation(Protocol):
     """One request in a protocol's words, and how its answer is said in them."""
 
-    order: Order
     streams: bool
     media_type: str  # of a stream
 
+    @property
+    def order(self) -> Order | Decisions: ...
     def accept(self, accepted: Accepted) -> None: ...
     def frames(self, news: News) -> Iterator[str]: ...
     def alive(self) -> str: ...
@@ -74,6 +75,19 @@ def app(scheduler: Scheduler, served: Served, rules: Rules | None = None) -> ASG
             return JSONResponse(openai.fault(404, message, param="model", code="model_not_found"), status_code=404)
         return JSONResponse(openai.model(served))
 
+    async def tags(_: Request) -> Response:
+        return JSONResponse(ollama.tags(served))
+
+    async def version(_: Request) -> Response:
+        return JSONResponse({"version": ollama.VERSION})
+
+    async def show(request: Request) -> Response:
+        try:
+            body = parse_json(await _body(request), "the request", fault=Refused)
+            return JSONResponse(ollama.show(body, served))
+        except Refused as error:
+            return JSONResponse(ollama.fault(error.status, str(error)), status_code=error.status)
+
     async def described(_: Request) -> Response:
         return Response((FOLDER.parent / "openapi.json").read_bytes(), media_type="application/json")
 
@@ -83,6 +97,16 @@ def app(scheduler: Scheduler, served: Served, rules: Rules | None = None) -> ASG
     routes = [
         endpoint("/v1/chat/completions", openai.read_chat, openai.fault),
         endpoint("/v1/completions", openai.read_completion, openai.fault),
+        endpoint("/v1/fim/completions", fim.read_fim, openai.fault),
+        endpoint("/v1/decisions", decisions.read_decisions, openai.fault),
+        endpoint("/v1/responses", responses.Turns().read, openai.fault),
+        endpoint("/v1/messages", anthropic.read_messages, anthropic.fault),
+        endpoint("/v1/messages/count_tokens", anthropic.read_count, anthropic.fault),
+        endpoint("/api/chat", ollama.read_chat, ollama.fault),
+        endpoint("/api/generate", ollama.read_generate, ollama.fault),
+        Route("/api/tags", tags),
+        Route("/api/show", show, methods=["POST"]),
+        Route("/api/version", version),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
         Route("/health", health),
@@ -136,6 +160,8 @@ class Endpoint:
             await self._stream(translation, mailbox, first, send)
 
     async def _whole(self, translation: Translation, mailbox: "Mailbox", news: News) -> Response:
+        if isinstance(translation, anthropic.Count) and isinstance(news, Accepted):
+            return JSONResponse(translation.counted(news))
         while not isinstance(news, Ended | Failed):
             news = await mailbox.next()
         if isinstance(news, Ended):

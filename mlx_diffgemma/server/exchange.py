@@ -66,6 +66,14 @@ class Order:
     drafts: Literal["text", "tokens"] | None = None  # whether every step is told, and how closely
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decisions:
+    """An order of another kind: questions about a state, by name, in the words of DiffusionGemma.decide."""
+
+    state: str
+    questions: dict[str, Any]
+
+
 # ----------------------------------------------------------------------------------------------------------- news
 
 
@@ -141,6 +149,17 @@ class Answer:
     canvases: int
     steps: int
     logprobs: tuple[Logprob, ...] | None = None
+    stop: str | None = None  # of the order's stops, the one that ended it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How probable each answer to one question is."""
+
+    name: str
+    probabilities: dict[str, float]
+    outside: float  # of every answer that is none of them
+    mean: float | None  # of a score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +172,7 @@ class Ended:
     departures: dict[str, Any]  # from the reference algorithm
     tuning: str
     seconds: dict[str, float]  # queue, prefill, denoise, commit
+    choices: tuple[Choice, ...] = ()  # of Decisions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,7 +63,7 @@ DIFFUSION = Table(
     Field("drafts", one_of("text", "tokens"), None),
     Field("pins", either(text(empty=False), _PINS.kind), None),
 )
-_FIELDS = (
+FIELDS = (
     Field("model", text(), None),
     Field("stream", flag, False),
     Field("stream_options", Table(Field("include_usage", flag, False), open=True).kind, {}),
@@ -80,18 +80,18 @@ _FORMAT = Table(
     Field("type", one_of("text", "json_object", "json_schema")), Field("json_schema", _SCHEMA.kind, None), open=True
 )
 _FUNCTION = Table(Field("name", text(empty=False)), Field("parameters", _object, None), open=True)
-_TOOL = Table(Field("type", one_of("function"), "function"), Field("function", _FUNCTION.kind), open=True)
+TOOL = Table(Field("type", one_of("function"), "function"), Field("function", _FUNCTION.kind), open=True)
 _NAMED = Table(
     Field("type", one_of("function")), Field("function", Table(Field("name", text()), open=True).kind), open=True
 )
 CHAT = Table(
-    *_FIELDS,
+    *FIELDS,
     Field("messages", many(_object, least=1)),
     Field("max_completion_tokens", integer(least=1, most=1 << 40), None),
     Field("logprobs", flag, False),
     Field("top_logprobs", integer(least=0, most=MOST_LOGPROBS), 0),
     Field("response_format", _FORMAT.kind, {}),
-    Field("tools", many(_TOOL.kind), ()),
+    Field("tools", many(TOOL.kind), ()),
     Field("tool_choice", either(one_of("auto", "none", "required"), _NAMED.kind), "auto"),
     Field("reasoning_effort", text(), None),
     Field("chat_template_kwargs", _object, {}),
@@ -107,7 +107,7 @@ def _prompts(value: Any) -> tuple[Any, ...]:
 
 
 COMPLETIONS = Table(
-    *_FIELDS,
+    *FIELDS,
     Field("prompt", Kind("text, ids, or a list of either", _prompts)),
     Field("suffix", text(), None),
     Field("echo", flag, False),
@@ -121,6 +121,7 @@ class Served:
     """What is served here."""
 
     name: str  # of the model
+    context: int = 0  # tokens, as far as it is known
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -166,6 +167,11 @@ def read_chat(body: Any, served: Served) -> "Chat":
 
 def read_completion(body: Any, served: Served) -> "Completion":
     """A completion. Errors: Refused."""
+    return Completion(*completion(body), served)
+
+
+def completion(body: Any) -> tuple[Json, Json, Order]:
+    """What is asked, the body it was read from, and the order. Errors: Refused."""
     asked = read(COMPLETIONS, body)
     options = _options(asked, body)
     if asked["logprobs"] is not None:
@@ -182,7 +188,7 @@ def read_completion(body: Any, served: Served) -> "Completion":
         of = Continuations(prompts=tuple(p if isinstance(p, str) else list(p) for p in prompts), echo=asked["echo"])
     order = Order(of=of, **_common(asked, options))
     _check(asked, order)
-    return Completion(asked, body, order, served)
+    return asked, body, order
 
 
 def _common(asked: Json, options: GenerationOptions) -> Json:
@@ -406,7 +412,7 @@ class Chat(_Translation):
         elif isinstance(news, Ended):
             for row, answer in enumerate(news.answers):
                 if answer.tool_calls:
-                    yield _delta(row, {"tool_calls": [c | {"index": i} for i, c in enumerate(_calls(answer))]})
+                    yield _delta(row, {"tool_calls": [c | {"index": i} for i, c in enumerate(calls(answer))]})
                 yield _delta(row, {}, answer.reason) | {"diffusion": self.report(news)}
 
     def choice(self, index: int, answer: Answer) -> Json:
@@ -414,7 +420,7 @@ class Chat(_Translation):
         if answer.thinking:
             message["reasoning_content"] = answer.thinking
         if answer.tool_calls:
-            message["tool_calls"] = _calls(answer)
+            message["tool_calls"] = calls(answer)
         scores = None if answer.logprobs is None else {"content": [_logprob(p) for p in answer.logprobs]}
         return {"index": index, "message": message, "finish_reason": answer.reason, "logprobs": scores}
 
@@ -512,7 +518,7 @@ def _delta(row: int, delta: Json, reason: str | None = None) -> Json:
     return {"choices": [{"index": row, "delta": delta, "finish_reason": reason}]}
 
 
-def _calls(answer: Answer) -> list[Json]:
+def calls(answer: Answer) -> list[Json]:
     return [
         {
             "id": f"call_{uuid.uuid4().hex[:24]}",

@@ -20,7 +20,8 @@ from ..errors import DiffGemmaError
 from ..model import threads
 from ..pipeline.model import DiffusionGemma
 from .answering import Answering, Beat, TooLong, free_bytes
-from .exchange import Ended, Failed, Full, News, Order
+from .deciding import Deciding
+from .exchange import Decisions, Ended, Failed, Full, News, Order
 from .prefixes import Prefixes
 
 log = logging.getLogger(__name__)
@@ -32,11 +33,11 @@ SECONDS = 10  # a turn takes about so long where nothing was measured yet
 class Job:
     """An order in the scheduler's hands. `cancel` may be called in any thread, any time."""
 
-    def __init__(self, order: Order, hear: Hear):
+    def __init__(self, order: Order | Decisions, hear: Hear):
         self.order, self.hear = order, hear
         self.since = time.monotonic()
         self.cancelled = threading.Event()
-        self.answering: Answering | None = None
+        self.answering: Answering | Deciding | None = None
         self.beats: Any = None  # while it is at work
         self.queued = 0.0
 
@@ -79,7 +80,7 @@ class Scheduler:
         if self.fault is not None:
             raise self.fault
 
-    def submit(self, order: Order, hear: Hear) -> Job:
+    def submit(self, order: Order | Decisions, hear: Hear) -> Job:
         """Put an order into the queue. `hear` gets Accepted or Failed within a step, and news until Ended or Failed.
 
         Errors: Full.
@@ -184,7 +185,10 @@ class Scheduler:
             return
         try:
             share = self._free // self.parallel
-            job.answering = Answering(self.model, job.order, most_tokens=self.most_tokens, most_bytes=share)
+            if isinstance(job.order, Decisions):
+                job.answering = Deciding(self.model, job.order)
+            else:
+                job.answering = Answering(self.model, job.order, most_tokens=self.most_tokens, most_bytes=share)
         except DiffGemmaError as error:
             self._end(job, Failed(why="refused", message=str(error), too_long=isinstance(error, TooLong)))
             return
