@@ -81,7 +81,7 @@ def _refuse_nonfinite(network: Network, checkpoint: Checkpoint) -> None:
     mx.eval(largest)
     for name, (positive, negative) in largest.items():
         infinity = INFINITY[found[name].dtype]
-        if positive.item() >= infinity or negative.item() >= infinity | 1 << 8 * found[name].dtype.size - 1:
+        if int(positive) >= infinity or int(negative) >= infinity | 1 << 8 * found[name].dtype.size - 1:
             stored = checkpoint.tensors.get(f"model.{name}")
             file = stored.file.name if stored else checkpoint.folder
             raise CheckpointError(
