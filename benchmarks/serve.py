@@ -48,9 +48,7 @@ def command(side: str, model: Path) -> list[str]:
 def running(side: str, model: Path) -> Iterator[str]:
     """A server's address, once it answers."""
     url = f"http://127.0.0.1:{PORTS[side]}"
-    process = subprocess.Popen(
-        command(side, model), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
-    )
+    process = subprocess.Popen(command(side, model), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(600):
             try:

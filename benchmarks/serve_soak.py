@@ -6,8 +6,8 @@
 Every answer that arrives whole is held against the first one of the same request: it is the same, or something was
 mixed. One request in five leaves at a random moment. Then servers are ended by SIGTERM and SIGINT in turn in the middle
 of a stream, which must give status 0, and one by SIGKILL, after which it starts again on the same port. Printed are
-requests by fate, the resident memory early and late, and the time to the first text. Exit status 1 for an answer that is
-lost, mixed, or has a control token in it, for memory that grew by more than `--allow` MB, and for an unclean shutdown.
+requests by fate, the resident memory early and late, and the time to the first text. Exit status 1 for an answer that
+is lost, mixed, or has a control token in it, for memory that grew by more than `--allow` MB, for an unclean shutdown.
 """
 
 import argparse
