@@ -46,7 +46,7 @@ def generate(
     Errors, before any work: PromptError for an empty prompt, or one that fills the context or the cache."""
     count = count_tokens(network, prompts, settings)
     run = _Run(count, guides, network, prompts, settings, noise, reader, ROOM, cache)
-    run.cache.reserve(run.padded.shape[1] + count)
+    run.reserve(count)
     return run.events(pauses)
 
 

@@ -15,6 +15,8 @@ from .events import CanvasRow, Finished, Prefilled, Reader, Statistics
 from .noise import Noise
 from .settings import GenerationConfig
 
+RESERVED = 8192  # tokens of an answer that buffers are made for at once; beyond, they grow by a quarter each time
+
 
 def check_prompts(
     network: Network, prompts: list[list[int]], settings: GenerationConfig, behind: int, what: str
@@ -102,6 +104,10 @@ class Run:
         self.steps = 0
         self.seconds = {"prefill": 0.0, "denoise": 0.0, "commit": 0.0}
         self.last: mx.array | None = None  # [B, 1, H]: the prefix's last hidden state, where it is needed
+
+    def reserve(self, tokens: int) -> None:
+        """Announce how many tokens will come behind the prompt; of very many, which seldom come, only the first."""
+        self.cache.reserve(self.padded.shape[1] + min(tokens, RESERVED))
 
     def prefill(self, pauses: Sequence[int]) -> Iterator[Prefilled]:
         """Encode what the cache does not hold yet, chunk by chunk, so that memory does not grow with the prompt."""
