@@ -30,6 +30,14 @@ def load_network(path: Path, *, lazy: bool = False, ignore_keys: tuple[str, ...]
 
 def filled(checkpoint: Checkpoint, *, lazy: bool = False) -> Network:
     """`load_network` of a checkpoint that is open already."""
+    network = unread(checkpoint)
+    if not lazy:
+        evaluate(network, checkpoint)
+    return network
+
+
+def unread(checkpoint: Checkpoint) -> Network:
+    """The text network, its weights still on disk."""
     network = Network(checkpoint.config)
     quantized = {path.removeprefix("model."): how for path, how in checkpoint.quantized.items()}
 
@@ -48,10 +56,21 @@ def filled(checkpoint: Checkpoint, *, lazy: bool = False) -> Network:
     experts = {name.removesuffix(".weight") for name in weights if ".experts." in name and name.endswith(".weight")}
     if mx.default_device() == mx.cpu and not experts <= quantized.keys():
         network.set_dtype(mx.float32)  # MLX's CPU backend multiplies expert weights in float32 only
-    if not lazy:
-        mx.eval(network.parameters())
-        _refuse_nonfinite(network, checkpoint)
     return network
+
+
+def evaluate(network: Network, checkpoint: Checkpoint) -> None:
+    """Read the weights. Errors: CheckpointError for NaN and infinity, which are none."""
+    mx.eval(network.parameters())
+    for name, weight in leaves(network.parameters()).items():
+        if network.experts.owns(name):  # looked at when they come
+            continue
+        if mx.issubdtype(weight.dtype, mx.floating) and not mx.isfinite(weight).all():
+            stored = checkpoint.tensors.get(f"model.{name}")
+            file = stored.file.name if stored else checkpoint.folder
+            raise CheckpointError(
+                f"{file}: model.{name} holds NaN or infinity, expected finite weights.\nDownload the checkpoint again."
+            )
 
 
 def _read(checkpoint: Checkpoint) -> dict[str, mx.array]:
@@ -70,17 +89,6 @@ def _read(checkpoint: Checkpoint) -> dict[str, mx.array]:
     weights = {name: array(tensor) for name, tensor in text.items()}
     weights |= {name: mx.concatenate([array(a), array(b)], axis=1) for name, (a, b) in checkpoint.joined.items()}
     return {name.removeprefix("model."): weight for name, weight in weights.items()}
-
-
-def _refuse_nonfinite(network: Network, checkpoint: Checkpoint) -> None:
-    """NaN and infinity are no weights: what is generated from them says nothing, and need not look it."""
-    for name, weight in leaves(network.parameters()).items():
-        if mx.issubdtype(weight.dtype, mx.floating) and not mx.isfinite(weight).all():
-            stored = checkpoint.tensors.get(f"model.{name}")
-            file = stored.file.name if stored else checkpoint.folder
-            raise CheckpointError(
-                f"{file}: model.{name} holds NaN or infinity, expected finite weights.\nDownload the checkpoint again."
-            )
 
 
 def trained_apart(tensor: Tensor, twin: str) -> CheckpointError:

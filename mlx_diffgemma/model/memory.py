@@ -3,10 +3,9 @@
 import os
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..config import ModelConfig
-from .network import leaves
+from .network import Network, leaves
 
 # Memory of a Mac (GiB), and the share Metal lends one process unless iogpu.wired_limit_mb says otherwise.
 MACS = (16, 18, 24, 32, 36, 48, 64, 96, 128)
@@ -48,6 +47,8 @@ def machine_limit() -> int:
     return int(lent or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def weight_bytes(network: nn.Module) -> int:
-    """Bytes of all parameters."""
-    return sum(array.nbytes for array in leaves(network.parameters()).values())
+def weight_bytes(network: Network) -> int:
+    """Bytes of the parameters that are in memory at a time."""
+    return network.experts.nbytes + sum(
+        array.nbytes for name, array in leaves(network.parameters()).items() if not network.experts.owns(name)
+    )
