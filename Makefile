@@ -48,7 +48,7 @@ endif
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, and \
 	$(PYTHON) is `$(PYTHON) -V 2>&1`. Name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@echo "Making .venv and installing MLX and the package: a minute or two, about 300 MB …"
-	@$(PYTHON) -m venv $(if $(OTHER),--clear) .venv && $(BIN)/python -m pip install -q -e . && touch $@
+	@$(PYTHON) -m venv $(if $(OTHER),--clear) .venv && $(BIN)/python -m pip install -q -e '.[server]' && touch $@
 
 .venv/test: .venv/demo
 	@echo "Installing what the tests compare with (PyTorch, transformers, mlx-vlm): some minutes …"

@@ -59,7 +59,7 @@ FIGURES = {  # key → what it is called in a table
     "--without", type=click.Choice(list(WITHOUT)), multiple=True, help="Leave out an exact idea; may be repeated."
 )
 @click.option("--output", metavar="FILE", default="bench.json", show_default=True, help="Where the figures go.")
-@click.option("--steps", is_flag=True, help="Take a step to pieces too: its parts, its limits, and one after a pause.")
+@click.option("--steps", is_flag=True, help="Take a step to pieces too: parts, limits, products, one after a pause.")
 @click.option("--pause", type=click.FloatRange(0), default=60.0, show_default=True, help="Seconds, for --steps.")
 @click.option("--report", metavar="FILE", help="Measure nothing: print a file of figures as a text for an issue.")
 @click.option("--compare", nargs=2, metavar="A.json B.json", help="Measure nothing: print two files side by side.")
@@ -99,12 +99,14 @@ def main(
             found[name] = {"left_out": str(error)}
     figures: dict[str, Any] = about | memory() | {"without": list(without), "prompts": found}
     if steps:
-        figures["steps"] = take_apart(loaded, pause)
+        from .pipeline.speeds import speeds
+
+        figures |= {"steps": take_apart(loaded, pause), "products": speeds(loaded.network)}
     with replacing(target, "w") as stream:
         stream.write(json.dumps(figures, indent=1) + "\n")
     _table(figures)
     if steps:
-        click.echo("\n".join(map(_step_as_text, figures["steps"])))
+        click.echo("\n".join(_steps_as_text(figures)))
     click.echo(f"Written to {output}. To compare: mlx_diffgemma.bench --compare {output} OTHER.json")
 
 
@@ -149,6 +151,16 @@ def _step_as_text(step: dict[str, Any]) -> str:
     )
 
 
+def _steps_as_text(figures: dict[str, Any]) -> list[str]:
+    """What --steps found, a line or three a prefix, then one a product; nothing without it."""
+    products = [
+        f"{found['product']} ({found['kernel']}, {found['rows']} rows):"
+        f" {found['teraflops']:.3g} TFLOP/s, {found['gigabytes']:.3g} GB/s of weights"
+        for found in figures.get("products", ())
+    ]
+    return [*map(_step_as_text, figures.get("steps", ())), *products]
+
+
 def as_text(figures: dict[str, Any]) -> str:
     """A file of figures as Markdown, to be pasted into an issue."""
     about = ("chip", "system", "mlx", "mlx_diffgemma", "device", "model", "recipe", "tuning", "weight_bytes")
@@ -159,7 +171,7 @@ def as_text(figures: dict[str, Any]) -> str:
         if "left_out" not in run:
             scaled = [run[key] * (1e-9 if key.endswith("_bytes") else 1) for key in FIGURES]
             lines.append(f"| {name} | " + " | ".join(f"{value:.3g}" for value in scaled) + " |")
-    lines += ["", *(_step_as_text(step) for step in figures.get("steps", ()))]
+    lines += ["", *_steps_as_text(figures)]
     return "\n".join(lines).strip()
 
 

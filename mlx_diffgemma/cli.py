@@ -4,7 +4,6 @@ Exit status: 0 done · 1 failed · 2 wrong usage · 130 interrupted · 143 termi
 """
 
 import io
-import json
 import math
 import os
 import signal
@@ -22,6 +21,8 @@ from ._version import __version__
 from .disk import reason
 from .errors import ConfigError, DiffGemmaError
 from .files.shipped import BUILT_IN
+from .readers import parse_json
+from .values import shown
 
 if TYPE_CHECKING:
     from .pipeline.model import DiffusionGemma
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "generate": "Write a reply to a prompt, and watch the canvas settle.",
     "chat": "Talk with the model.",
+    "serve": "Serve the model to editors, chats and scripts, with a page.",
     "score": "Say how likely the model finds a text.",
     "convert": "Turn the released checkpoint into an MLX pack that fits.",
     "edit": "Write some lines of a file anew.",
@@ -301,9 +303,9 @@ class _JsonObject(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            found = json.loads(value)
-        except ValueError as error:
-            self.fail(f"{value!r} is not JSON: {error}.", param, ctx)
+            found = parse_json(value, shown(value), fault=ConfigError)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
         if not isinstance(found, dict):
             self.fail(f'{value!r} is not a JSON object, as in {{"enable_thinking": true}}.', param, ctx)
         return found

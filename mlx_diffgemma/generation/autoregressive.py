@@ -11,7 +11,7 @@ Left to right the model was trained by predicting the next token; see docs/decod
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -37,7 +37,7 @@ def generate(
     noise: Noise,
     *,
     cache: PrefixCache | None,
-    pause_at: int | None,
+    pauses: Sequence[int],
     reader: Reader,
 ) -> Iterator[Event]:
     """`engine.generate` with settings.decoding "autoregressive". Closing the iterator stops within a token.
@@ -45,7 +45,7 @@ def generate(
     count = count_tokens(network, prompts, settings)
     run = _Run(network, prompts, settings, noise, reader, ROOM, cache)
     run.cache.reserve(run.padded.shape[1] + count)
-    return run.events(count, pause_at)
+    return run.events(count, pauses)
 
 
 def count_tokens(network: Network, prompts: list[list[int]], settings: GenerationConfig) -> int:
@@ -78,8 +78,8 @@ class Token:
 class _Run(Run):
     """One run."""
 
-    def events(self, count: int, pause_at: int | None) -> Iterator[Event]:
-        yield from self.timed("prefill", self.prefill(pause_at))  # 1
+    def events(self, count: int, pauses: Sequence[int]) -> Iterator[Event]:
+        yield from self.timed("prefill", self.prefill(pauses))  # 1
         token = None
         for number in range(count):
             with self.clock("commit"):

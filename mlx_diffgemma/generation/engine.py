@@ -41,14 +41,14 @@ def generate(
     noise: Noise,
     *,
     cache: PrefixCache | None = None,
-    pause_at: int | None = None,
+    pauses: Sequence[int] = (),
     reader: Reader | None = None,
     constraint: Constraint | Sequence[Constraint | None] | None = None,
 ) -> Iterator[Event]:
     """Generate for B prompts of ids at once; a shorter one is padded on its left, as transformers does.
 
     A `cache` that already holds the first tokens of the (single) prompt saves encoding those, and is written to; one
-    of the Prefilled events comes when it holds exactly `pause_at` tokens, so that the caller can fork it there.
+    of the Prefilled events comes when it holds exactly so many tokens as each of `pauses` says: there it can be forked.
     `reader` fills in texts and results. Rows go on with texts of the `constraint` alone, one for all or one a row.
     Closing the iterator stops within a step.
     Errors, before any work: PromptError for an empty prompt or one that leaves no room for a canvas, ConfigError for
@@ -58,7 +58,7 @@ def generate(
     if settings.decoding == "autoregressive":
         Guides(constraint, len(prompts)).check(settings, network.config.vocab_size, settings.max_tokens)
         return autoregressive.generate(
-            network, prompts, settings, noise, cache=cache, pause_at=pause_at, reader=reader or NoReader()
+            network, prompts, settings, noise, cache=cache, pauses=pauses, reader=reader or NoReader()
         )
     length = settings.canvas_length or network.config.canvas_length
     canvases = count_canvases(network, prompts, settings, length)
@@ -66,7 +66,7 @@ def generate(
     guides.check(settings, network.config.vocab_size, min(settings.max_tokens, canvases * length))
     run = _Run(length, guides, network, prompts, settings, noise, reader or NoReader(), length, cache)
     run.cache.reserve(run.padded.shape[1] + (canvases - 1) * length)
-    return run.events(canvases, pause_at)
+    return run.events(canvases, pauses)
 
 
 def check(network: Network, prompts: list[list[int]], settings: GenerationConfig) -> int:
@@ -98,8 +98,8 @@ class _Run(Run):
         super().__init__(*args)
         self.length, self.guides = length, guides
 
-    def events(self, canvases: int, pause_at: int | None) -> Iterator[Event]:
-        yield from self.timed("prefill", self.prefill(pause_at))  # 1
+    def events(self, canvases: int, pauses: Sequence[int]) -> Iterator[Event]:
+        yield from self.timed("prefill", self.prefill(pauses))  # 1
         for index in range(canvases):
             best = mx.zeros((len(self.rows), self.length), mx.int32)
             trace = _Trace([not row.reason for row in self.rows])

@@ -1,7 +1,7 @@
 """What both decodings share: the prefix, its prefill, the rows, and where the time went."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -104,13 +104,12 @@ class Run:
         self.seconds = {"prefill": 0.0, "denoise": 0.0, "commit": 0.0}
         self.last: mx.array | None = None  # [B, 1, H]: the prefix's last hidden state, where it is needed
 
-    def prefill(self, pause_at: int | None) -> Iterator[Prefilled]:
+    def prefill(self, pauses: Sequence[int]) -> Iterator[Prefilled]:
         """Encode what the cache does not hold yet, chunk by chunk, so that memory does not grow with the prompt."""
         total = self.padded.shape[1]
         while self.cache.length < total:
             end = min(self.cache.length + self.settings.prefill_step_size, total)
-            if pause_at is not None and self.cache.length < pause_at < end:
-                end = pause_at
+            end = min((pause for pause in pauses if self.cache.length < pause < end), default=end)
             self.encode(self.padded[:, self.cache.length : end], last=end == total)
             yield Prefilled(tokens=end, total=total)
 

@@ -46,7 +46,7 @@ class Chat:
 
     def _turn(self, messages: list[Message], ids: list[int], lasting: int, request: "Request") -> Iterator[Event]:
         cache, kept = self._fork(ids, request), None
-        for event in request.events(cache, pause_at=lasting):
+        for event in request.events(cache, pauses=[lasting]):
             if isinstance(event, Prefilled) and event.tokens == lasting:
                 kept = ids[:lasting], cache.fork()
             elif isinstance(event, Finished):

@@ -1,12 +1,14 @@
 """From what an answer may say to what the engine is held to: a language meets the model's tokenizer.
 
-Byte automata take every spelling of a text, choices and literal text the tokenizer's own. A constraint speaks of the
-answer: a thought in front of it is free, and must be closed in time for the answer to fit.
+Byte automata take every spelling of a text, choices and literal text the tokenizer's own, but where a token may reach
+over a pin's end (joints.py). A constraint speaks of the answer: a thought in front of it is free, and must be closed in
+time for the answer to fit.
 """
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from time import perf_counter
@@ -20,11 +22,13 @@ from ..generation.constraint.automaton import Constraint
 from ..generation.events import CanvasRow
 from ..generation.settings import GenerationConfig
 from ..text.channels import CHANNEL, END_CHANNEL
+from ..text.gate import check_text
 from ..text.language import regex as patterns
 from ..text.language import schema as schemas
 from ..text.language import texts, values
 from ..text.language.automaton import BYTES, Automaton, Language, Part, Spelled
 from ..text.tokenizer import Tokenizer
+from .joints import Joints
 
 THINK = "<|think|>"  # in a prompt: the model may think before it answers
 KEPT = 32  # compiled constraints, the latest
@@ -95,14 +99,27 @@ class Asked:
         if isinstance(self.constraint, Language):
             return self.constraint
         if self.json_schema is not None:
-            return json_language(self.json_schema)
+            with _of("JSON schema"):
+                return json_language(self.json_schema)
         if self.regex is not None:
-            return regex_language(self.regex)
+            if not check_text(self.regex, "regex", fault=ConfigError):
+                raise ConfigError("regex is empty, and so would every answer be.")
+            with _of("regex"):
+                return regex_language(self.regex)
         if self.choices is not None:
             return texts.choices(self.choices)
         if self.tool_choice in (None, "auto", "none"):
             return None
         return values.tool_call(_chosen(self.tools or (), self.tool_choice))
+
+
+@contextmanager
+def _of(what: str) -> Iterator[None]:
+    """Errors about a language that do not say what it is of do so now."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error if what.split()[-1] in str(error) else ConfigError(f"the {what}: {error}") from None
 
 
 def _chosen(tools: Sequence[Mapping[str, Any]], name: str | None) -> list[Mapping[str, Any]]:
@@ -144,6 +161,7 @@ class Compiler:
         known = tokenizer.token_bytes[:vocabulary]
         self.tokens = known + [None] * (vocabulary - len(known))
         self.spellings = parts.Spellings(self.tokens)
+        self.joints = Joints(self.tokens, lambda text: [self.tokens[i] or b"" for i in self.spell(text)])
         self._made: OrderedDict[Any, Compiled] = OrderedDict()
 
     def compiled(
@@ -157,7 +175,7 @@ class Compiler:
         key = (whole.digest, whole.notes, settings.stop_ids, settings.pad_token_id)
         if key not in self._made:
             began = perf_counter()
-            made_of = self._parts(whole.parts)
+            made_of = self._parts(self.joints.healed(whole.parts))
             made = automaton.build(made_of, self.spellings, stop_ids=settings.stop_ids, pad_id=settings.pad_token_id)
             self._made[key] = Compiled(language=whole, constraint=made, seconds=perf_counter() - began)
         self._made.move_to_end(key)

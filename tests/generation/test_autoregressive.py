@@ -185,7 +185,7 @@ def test_a_prefix_of_either_decoding_serves_both(network: Network) -> None:
     for maker, user in (("diffusion", "autoregressive"), ("autoregressive", "diffusion")):
         options: dict[str, Any] = {"decoding": maker, "max_tokens": 16, "stop_ids": ()}
         cache, kept = network.make_cache(), None
-        for event in engine.generate(network, [prompt], GenerationConfig(**options), noise(), cache=cache, pause_at=20):
+        for event in engine.generate(network, [prompt], GenerationConfig(**options), noise(), cache=cache, pauses=[20]):
             if isinstance(event, Prefilled) and event.tokens == 20:
                 kept = cache.fork()
         settings = GenerationConfig(**options | {"decoding": user})

@@ -9,7 +9,7 @@ import jsonschema
 import mlx.core as mx
 import pytest
 
-from benchmarks import obey
+from benchmarks import obey, obey_answers
 from mlx_diffgemma import Hole, Language, choices, literal, load, regex
 from mlx_diffgemma.errors import ConfigError, PromptError, TokenizerError
 from mlx_diffgemma.files.shipped import BUILT_IN
@@ -324,6 +324,8 @@ def test_random_schemas_and_texts_are_obeyed(kind: str, tmp_path: Path) -> None:
     """A dozen of what `python -m benchmarks.obey schemas` runs by the hundred; it raises where one is broken."""
     noised = kind == "noised"
     spoilt = (
-        obey.noised(load(BUILT_IN), obey.NOISE, 1) if noised else small.model(tmp_path, branches=1.0, sharpness=1.0)
+        obey_answers.noised(load(BUILT_IN), obey.NOISE, 1)
+        if noised
+        else small.model(tmp_path, branches=1.0, sharpness=1.0)
     )
     assert obey.held(spoilt, 6, 3, steps=2).startswith("6 of 6 schemas valid and ended")
