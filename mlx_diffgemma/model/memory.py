@@ -30,14 +30,15 @@ def memory_needed(config: ModelConfig, weight_bytes: int, prefix: int, item_size
 
 
 def smallest_macs(nbytes: int) -> tuple[int | None, int | None]:
-    """The smallest memory (GiB) of a Mac that runs this: as it comes, and with a raised limit.
-
-    Metal lends one process two thirds of up to 36 GiB, three quarters of more.
-    """
-    lent = {mac: (mac << 30) * (2 / 3 if mac <= 36 else 3 / 4) for mac in MACS}
-    normal = (mac for mac in MACS if nbytes <= lent[mac])
+    """The smallest memory (GiB) of a Mac that runs this: as it comes, and with a raised limit."""
+    normal = (mac for mac in MACS if nbytes <= lent(mac))
     raised = (mac for mac in MACS if nbytes <= (mac << 30) - SYSTEM)
     return next(normal, None), next(raised, None)
+
+
+def lent(mac: int) -> float:
+    """Bytes that Metal lends one process on a Mac with so many GiB: two thirds of up to 36, three quarters of more."""
+    return (mac << 30) * (2 / 3 if mac <= 36 else 3 / 4)
 
 
 def machine_limit() -> int:

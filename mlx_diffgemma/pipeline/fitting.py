@@ -2,8 +2,10 @@
 
 import bisect
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -11,8 +13,11 @@ from ..config import ModelConfig
 from ..errors import ConfigError, MemoryLimitError
 from ..files import layout
 from ..files.streaming import SLOTS, spread
-from ..model.memory import STEP, machine_limit, memory_needed
+from ..model.memory import MACS, STEP, lent, machine_limit, memory_needed
 from ..model.network import Network, leaves
+
+if TYPE_CHECKING:
+    from ..packing.plan import Planned
 
 CONTEXT = 4_096  # tokens that have room when layers are streamed because a model does not fit otherwise
 
@@ -29,6 +34,17 @@ class Sizes:
         """As they will be held; they need not be read yet. `growth` is what the trunk will gain."""
         layers = tuple(_bytes(leaves(layer.experts.parameters()).values()) for layer in network.decoder.layers)
         return cls(trunk=_bytes(leaves(network.parameters()).values()) - sum(layers) + growth, layers=layers)
+
+    @classmethod
+    def planned(cls, config: ModelConfig, planned: "Iterable[Planned]") -> "Sizes":
+        """Of a pack that is not made yet; vision is not counted."""
+        layers, trunk = [0] * len(config.layers), 0
+        for item in planned:
+            if match := re.search(r"\.layers\.(\d+)\.experts\.", item.source.path):
+                layers[int(match[1])] += item.nbytes
+            elif item.source.component != "vision":
+                trunk += item.nbytes
+        return cls(trunk=trunk, layers=tuple(layers))
 
     def held(self, streamed: int) -> int:
         """Bytes in memory when so many layers' experts are streamed."""
@@ -68,6 +84,18 @@ def streamed_layers(config: ModelConfig, sizes: Sizes, limit: int, wanted: int |
             f" {limit / 1e9:.1f} GB.\nAt least {least[0]} of {layers} layers must be streamed (--stream-experts)."
         )
     return wanted
+
+
+def smallest_streaming(config: ModelConfig, sizes: Sizes, prefix: int) -> tuple[int, int]:
+    """The smallest memory (GiB) of a Mac, as it comes, that runs this behind so many tokens when experts are streamed;
+    and the bytes that every pass reads there."""
+    layers = len(sizes.layers)
+    possible = [0, *range(SLOTS + 1, layers + 1)]
+    for mac in (8, *MACS):
+        for count in possible:
+            if memory_needed(config, sizes.held(count), prefix) <= lent(mac):
+                return mac, sum(sizes.layers[number] for number in spread(count, layers))
+    return 0, 0
 
 
 def _floor(config: ModelConfig, sizes: Sizes, limit: int) -> str:

@@ -15,14 +15,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma import load
+from mlx_diffgemma import bench, load
 from mlx_diffgemma.errors import CheckpointError, ConfigError, DiffGemmaError, MemoryLimitError, TrainingError
 from mlx_diffgemma.files import adapters, checkpoint, reading, streaming
 from mlx_diffgemma.generation.events import Committed, Denoised
 from mlx_diffgemma.model.memory import memory_needed, weight_bytes
 from mlx_diffgemma.packing.conversion import convert, plan_conversion
 from mlx_diffgemma.packing.recipes import adhoc_recipe, load_recipe
-from mlx_diffgemma.pipeline.fitting import Sizes, streamed_layers
+from mlx_diffgemma.pipeline.fitting import Sizes, smallest_streaming, streamed_layers
 from mlx_diffgemma.pipeline.model import DiffusionGemma
 from mlx_diffgemma.training.preparation import prepare
 from mlx_diffgemma.training.settings import Settings
@@ -229,6 +229,18 @@ def test_what_would_read_everything_for_a_token_is_refused(packs: Callable[[str]
         prepare(model.network, Settings())
 
 
+def test_a_plan_of_a_pack_knows_its_sizes_by_layer(packs: Callable[[str], Path]) -> None:
+    source = packs("q4").parent / "source"
+    conversion = plan_conversion(checkpoint.open_checkpoint(source), replace(load_recipe("q4"), dtype="float32"))
+    network = load(packs("q4")).network
+    sizes = Sizes.planned(network.config, conversion.planned)
+    assert sizes == Sizes.of(network)
+    assert smallest_streaming(network.config, sizes, 100) == (8, 0)
+    huge = Sizes(trunk=2_500_000_000, layers=(2_000_000_000,) * LAYERS)  # 14.5 GB, and 6.5 with two slots
+    mac, nbytes = smallest_streaming(network.config, huge, 100)
+    assert (mac, nbytes) == (16, 4 * 2_000_000_000)
+
+
 def test_layers_are_spread_evenly() -> None:
     assert streaming.spread(3, 6) == (1, 3, 5)
     assert streaming.spread(6, 6) == tuple(range(6))
@@ -238,30 +250,24 @@ def test_layers_are_spread_evenly() -> None:
         assert len(set(numbers)) == count and numbers[-1] < 30 and max(gaps or {1}) - min(gaps or {1}) <= 1
 
 
-def test_a_step_takes_the_longer_of_computing_and_reading(
+def test_the_next_layer_is_read_while_one_computes(
     packs: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load(packs("q4"), stream_experts=LAYERS)
-    traffic, pause = model.network.experts.traffic, 0.06
-    told(model, max_tokens=16)
-    read, evaluated = reading.Files.check, streaming._evaluated
+    model = load(packs("q4"), stream_experts=5)
+    experts: Any = model.network.experts
+    evaluated, seen = streaming._evaluated, []
 
-    def slowly_read(files: Any) -> None:
-        time.sleep(pause)
-        read(files)
-
-    def slowly_computed(x: mx.array, written: Any) -> mx.array:
-        time.sleep(pause)
+    def computed(x: mx.array, written: Any) -> mx.array:
+        """Does not end before the other slot is filled: whoever reads only afterwards never gets here again."""
+        for slot in experts._slots:
+            slot.ready.result(timeout=60)
+        seen.append({slot.number for slot in experts._slots})
         return evaluated(x, written)
 
-    monkeypatch.setattr(reading.Files, "check", slowly_read)
-    monkeypatch.setattr(streaming, "_evaluated", slowly_computed)
-    before, begun = traffic.read_seconds, time.perf_counter()
+    monkeypatch.setattr(streaming, "_evaluated", computed)
     told(model, max_tokens=16)
-    seconds, reading_took = time.perf_counter() - begun, traffic.read_seconds - before
-    layers = 4 * LAYERS  # the prompt and three steps
-    assert reading_took >= layers * pause
-    assert seconds < 1.7 * layers * pause  # one after the other would take twice as long, and more
+    numbers = experts.streamed  # behind the last layer comes the first: reading does not stop between passes
+    assert seen == [{number, numbers[(i + 1) % 5]} for i, number in enumerate(numbers)] * 4
 
 
 def test_nothing_is_left_behind(packs: Callable[[str], Path]) -> None:
@@ -283,3 +289,16 @@ def test_nothing_is_left_behind(packs: Callable[[str], Path]) -> None:
 def test_a_file_that_cannot_be_opened_is_an_error(packs: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(DiffGemmaError, match="there is no such file"):
         reading.Files([tmp_path / "none"])
+
+
+def test_bench_says_which_is_the_limit(packs: Callable[[str], Path]) -> None:
+    model = load(packs("q4"), stream_experts=LAYERS)
+    told(model)
+    runs = [
+        {"prefill_seconds": 1.0, "denoise_seconds": 8.0, "commit_seconds": 1.0, "waited_seconds": w} for w in (0, 4)
+    ]
+    for chosen, limit in ((runs[:1], "computing"), (runs, "the disk")):
+        found = bench.streaming(model, {"a": {"runs": chosen}, "b": {"left_out": "too long"}})
+        assert found["limit"] == limit and found["layers"] == LAYERS
+        assert found["bytes_per_second"] > 0 and found["bytes_a_pass"] == model.network.experts.bytes_a_pass
+        assert f"the limit is {limit}" in bench._streaming_as_text(found)
