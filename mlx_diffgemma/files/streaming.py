@@ -23,6 +23,7 @@ from ..model.supply import Done, Resident, Traffic
 from .checkpoint import Checkpoint
 from .layout import is_vision
 from .reading import Files, Rows, empty, joined, raw, whole
+from .weights import nonfinite
 
 SLOTS = 2
 ALIGNED = 4_096  # bytes between the arrays of a slot, at least
@@ -140,13 +141,12 @@ class Streamed:
         """NaN and infinity are no weights: asked once, when a layer is first there. Errors: CheckpointError."""
         if number in self._seen:
             return
-        for name, array in slot.views.items():
-            if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
-                file = self._layers[number][name].rows[0].tensor.file.name
-                raise CheckpointError(
-                    f"{file}: the experts of layer {number} hold NaN or infinity ({name}), expected finite weights.\n"
-                    "Download the checkpoint again."
-                )
+        if (name := nonfinite(slot.views)) is not None:
+            file = self._layers[number][name].rows[0].tensor.file.name
+            raise CheckpointError(
+                f"{file}: the experts of layer {number} hold NaN or infinity ({name}), expected finite weights.\n"
+                "Download the checkpoint again."
+            )
         self._seen.add(number)
 
 

@@ -18,6 +18,8 @@ from .layout import find_rule, is_vision
 from .quantization import Quantization, dequantize
 from .shards import Tensor, write_tensors
 
+INFINITY = {mx.float32: 0x7F80_0000, mx.float16: 0x7C00, mx.bfloat16: 0x7F80}  # its bits
+
 
 def load_network(path: Path, *, lazy: bool = False, ignore_keys: tuple[str, ...] = ()) -> Network:
     """The text network with the weights in `path`: every parameter filled exactly once, no tensor left over but
@@ -62,15 +64,13 @@ def unread(checkpoint: Checkpoint) -> Network:
 def evaluate(network: Network, checkpoint: Checkpoint) -> None:
     """Read the weights. Errors: CheckpointError for NaN and infinity, which are none."""
     mx.eval(network.parameters())
-    for name, weight in leaves(network.parameters()).items():
-        if network.experts.owns(name):  # looked at when they come
-            continue
-        if mx.issubdtype(weight.dtype, mx.floating) and not mx.isfinite(weight).all():
-            stored = checkpoint.tensors.get(f"model.{name}")
-            file = stored.file.name if stored else checkpoint.folder
-            raise CheckpointError(
-                f"{file}: model.{name} holds NaN or infinity, expected finite weights.\nDownload the checkpoint again."
-            )
+    found = {name: weight for name, weight in leaves(network.parameters()).items() if not network.experts.owns(name)}
+    if (name := nonfinite(found)) is not None:  # of streamed experts it is asked when they come
+        stored = checkpoint.tensors.get(f"model.{name}")
+        file = stored.file.name if stored else checkpoint.folder
+        raise CheckpointError(
+            f"{file}: model.{name} holds NaN or infinity, expected finite weights.\nDownload the checkpoint again."
+        )
 
 
 def _read(checkpoint: Checkpoint) -> dict[str, mx.array]:
@@ -89,6 +89,27 @@ def _read(checkpoint: Checkpoint) -> dict[str, mx.array]:
     weights = {name: array(tensor) for name, tensor in text.items()}
     weights |= {name: mx.concatenate([array(a), array(b)], axis=1) for name, (a, b) in checkpoint.joined.items()}
     return {name.removeprefix("model."): weight for name, weight in weights.items()}
+
+
+def nonfinite(weights: dict[str, mx.array]) -> str | None:
+    """The first of these that holds NaN or infinity: what is generated from them says nothing, and need not look it."""
+    largest = {name: largest_bits(weight) for name, weight in weights.items() if weight.dtype in INFINITY}
+    mx.eval(largest)
+    for name, (positive, negative) in largest.items():
+        dtype = weights[name].dtype
+        if int(positive) >= INFINITY[dtype] or int(negative) >= INFINITY[dtype] | 1 << 8 * dtype.size - 1:
+            return name
+    return None
+
+
+def largest_bits(array: mx.array) -> tuple[mx.array, mx.array]:
+    """The largest positive and the largest negative float as the integers that their bits are; lazy.
+
+    NaN and infinity have the largest exponent, so no finite float of their sign is a larger integer. Nothing of the
+    array's size is made, and a CPU does it ten times as fast as it asks every float.
+    """
+    signed, unsigned = (mx.int16, mx.uint16) if array.dtype.size == 2 else (mx.int32, mx.uint32)
+    return array.view(signed).max(), array.view(unsigned).max()
 
 
 def trained_apart(tensor: Tensor, twin: str) -> CheckpointError:
