@@ -34,6 +34,7 @@ bench: .venv/demo
 soak: .venv/test
 	$(RUN) benchmarks.soak
 	$(RUN) benchmarks.kills
+	$(RUN) benchmarks.serve_soak
 
 # Clients that are no Python packages: a browser (Debian's chromium, or what CHROMIUM names), axe-core by npm.
 clients: .venv/clients

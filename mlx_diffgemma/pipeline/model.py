@@ -328,8 +328,8 @@ class DiffusionGemma:
         Questions are a list, or an object by name, of {"type": "choice", "question": …, "choices": […]},
         {"type": "bool", "question": …} or {"type": "score", "question": …, "scale": [1, 5]}. All cyclic `orders` of the
         labels are asked as one batch and averaged. `calibrate` divides by what the labels get when the state says
-        nothing. `template` words the prompt from {state}, {question} and {labels}; the canvas is as long as the longest
-        label, or `canvas_length`.
+        nothing. `template` words the prompt from {state}, {question} and {labels}. A `canvas_length` shorter than the
+        model's is quicker and less right.
         Errors: ConfigError, PromptError, TokenizerError, MemoryLimitError, BusyError.
         """
         return deciding.decide(

@@ -4,7 +4,7 @@ import bisect
 import codecs
 import json
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from ..pipeline.constraints import Asked
 from ..pipeline.drafts import Draft
 from ..pipeline.model import DiffusionGemma, Request
 from ..pipeline.results import Result
+from ..text.channels import QUOTE
 from ..text.tokenizer import Tokenizer
 from .exchange import (
     Accepted,
@@ -35,6 +36,7 @@ from .exchange import (
     Said,
 )
 from .prefixes import Prefixes
+from .typed import typed_call
 
 TURN = 32  # tokens of autoregressive decoding that count as one canvas: nobody waits longer for them
 
@@ -228,9 +230,10 @@ class Answering:
                 yield Said(row=row, block=0, text=self.rows[row].fill(result.holes[0]), thinking="")
 
     def _ended(self) -> Ended:
-        settings, request = self.request.settings, self.request
+        settings, request, of = self.request.settings, self.request, self.order.of
+        tools = (isinstance(of, Conversation) and of.tools) or ()
         return Ended(
-            answers=tuple(row.answer() for row in self.rows),
+            answers=tuple(row.answer(tools) for row in self.rows),
             prompt_tokens=self._prompt_tokens,
             reused_tokens=self.reused,
             departures=settings.departures | request.departures,
@@ -346,9 +349,9 @@ class _Row:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled), tuple(spelled)
 
-    def answer(self) -> Answer:
+    def answer(self, tools: Sequence[Mapping[str, Any]]) -> Answer:
         parts = self.tokenizer.split(self.ids, open_channel=self.open_channel)
-        calls = tuple(call for call in parts.tool_calls if call.get("name") is not None)
+        calls = tuple(typed_call(call, tools) for call in parts.tool_calls if call.get("name") is not None)
         reason: Any = "stop" if self.cut.found else self.reason or "stop"
         return Answer(
             text=self.text,
@@ -411,6 +414,7 @@ def _language(pins: Pins) -> Any:
 
 
 def _arguments(call: dict[str, Any]) -> str:
-    """A call that is not finished, for people."""
-    name = call.get("name")
-    return str(call.get("text", "")) if name is None else f"{name}({json.dumps(call['arguments'], ensure_ascii=False)})"
+    """A call that may not be finished, for people."""
+    if call.get("name") is None:
+        return str(call.get("text", "")).replace(QUOTE, '"')
+    return f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})"
