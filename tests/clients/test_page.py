@@ -137,8 +137,8 @@ def test_keeping_parts(opened: Open) -> None:
     answer = ask(page, SUDOKU.prompt, seed=SUDOKU.seed, pace="0")
     done(answer)
     answer.get_by_role("button", name="Keep parts").click()
-    pins = answer.locator(".pins button")
-    assert pins.count() == 36 and set(pins.evaluate_all("all => all.map(b => b.ariaPressed)")) == {"true"}
+    pins = answer.locator(".pins [role=button]")
+    assert pins.count() == 36 and set(pins.evaluate_all("all => all.map((pin) => pin.ariaPressed)")) == {"true"}
     expect(answer.get_by_role("button", name="Write these anew")).to_be_disabled()
     expect(pins.first).to_be_focused()
     for _ in range(18):
@@ -159,7 +159,7 @@ def test_letting_go_by_pointer(opened: Open) -> None:
     answer = ask(page, LETTER.prompt, pace="0")
     done(answer)
     answer.get_by_role("button", name="Keep parts").click()
-    name = answer.locator(".pins button", has_text="Leo")
+    name = answer.locator(".pins [role=button]", has_text="Leo")
     name.click()
     expect(name).to_have_attribute("aria-pressed", "false")
     answer.get_by_role("button", name="Cancel").click()
@@ -286,7 +286,7 @@ def test_narrow_dark_and_accessible(opened: Open, scheme: Any) -> None:
         answer.get_by_role("slider", name="Step").press("Home")
         inspect(page, "a step")
         answer.get_by_role("button", name="Keep parts").click()
-        answer.locator(".pins button").nth(3).press("Space")
+        answer.locator(".pins [role=button]").nth(3).press("Space")
         inspect(page, "pins")
         page.get_by_role("button", name="Side by side").click()
         done(ask(page, JSON.prompt))
