@@ -18,6 +18,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
+from ..model.blocks import Block
 from ..model.cache import PrefixCache
 from ..model.network import Network
 from . import vocabulary
@@ -38,11 +39,12 @@ def generate(
     cache: PrefixCache | None,
     pauses: Sequence[int],
     reader: Reader,
+    pictures: Sequence[Sequence[Block]] = (),
 ) -> Iterator[Event]:
     """`engine.generate` with settings.decoding "autoregressive". Closing the iterator stops within a token.
     Errors, before any work: PromptError for an empty prompt, or one that fills the context or the cache."""
     count = count_tokens(network, prompts, settings)
-    run = _Run(network, prompts, settings, noise, reader, ROOM, cache)
+    run = _Run(network, prompts, settings, noise, reader, ROOM, cache, pictures)
     run.cache.reserve(run.padded.shape[1] + count)
     return run.events(count, pauses)
 
