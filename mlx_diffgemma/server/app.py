@@ -74,6 +74,9 @@ def app(scheduler: Scheduler, served: Served, rules: Rules | None = None) -> ASG
             return JSONResponse(openai.fault(404, message, param="model", code="model_not_found"), status_code=404)
         return JSONResponse(openai.model(served))
 
+    async def described(_: Request) -> Response:
+        return Response((FOLDER.parent / "openapi.json").read_bytes(), media_type="application/json")
+
     def endpoint(path: str, read: Read, fault: Fault) -> Route:
         return Route(path, Endpoint(scheduler, served, read, fault), methods=["POST"])
 
@@ -83,6 +86,7 @@ def app(scheduler: Scheduler, served: Served, rules: Rules | None = None) -> ASG
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
         Route("/health", health),
+        Route("/openapi.json", described),
         *(Route(path, _file(name)) for path, name in PAGE.items() if (FOLDER / name).is_file()),
     ]
     inside = Starlette(routes=routes, exception_handlers={HTTPException: _unknown, Exception: _broken})
