@@ -46,9 +46,9 @@ MEMORY = 6 << 30  # bytes of address space beyond what the process has at its st
 OUTCOMES = ("clean", "good", "raw", "nowhere", "silent", "refused", "loss", "junk", "crash", "hang")
 FINE = ("clean", "good")
 LIBRARIES = re.compile(
-    r"\b[A-Z]\w*(Error|Exception|Warning)\b|Traceback|\[Errno|pybind|incompatible function|codec can't|object has no"
+    r"\b[A-Z]\w*(Error|Exception|Warning)\b|Traceback|\[Errno|pybind|incompatible function|codec can't|object has no attribute"
     r"|NoneType|unexpected keyword|missing \d+ required|unhashable|is not JSON serializable|invalid literal|not supported"
-    r" between|index out of range|Expected object or value|dict\[|list\[|nanobind|\[\w+\] |--debug"
+    r" between|index out of range|Expected object or value|dict\[|list\[|nanobind|(?<![\w.\])])\[\w+\] |--debug"
 )
 
 
@@ -79,6 +79,7 @@ def add(kind: str, name: str, *args: str, **rest: Any) -> None:
 # ------------------------------------------------------------------------------------------------------- materials
 
 GENERATE = ("generate", "-q", "--prompt", "Sort the names: Zoe, Adam", "--seed", "1", "--max-tokens", "8")
+ALOUD = ("generate", *GENERATE[2:], "--model", "m")  # with the notes on standard error
 USER = {"role": "user", "content": "Sort the names: Zoe, Adam"}
 
 
@@ -186,7 +187,8 @@ def config_cases() -> None:
             add(kind, f"{key} = {short(value)}", *ON_MODEL, names=(key, "config.json"), setup=edited("config.json", put(f"text_config.{key}", value)))
     for value in (0, -1, 2.5, "48", [48], 10**12, {}, True):
         add(kind, f"canvas_length = {short(value)}", *ON_MODEL, names=("canvas_length", "memory", "context"), setup=edited("config.json", put("canvas_length", value)))
-    for value in ("x", [1.5], [True], -1, [-3], 10**9, {"a": 1}, [[1]]):
+    add(kind, "eos_token_id beyond the vocabulary", *ALOUD, good=True, names=("eos_token_id has 1000000000",), setup=edited("config.json", put("eos_token_id", 10**9)))
+    for value in ("x", [1.5], [True], -1, [-3], {"a": 1}, [[1]]):
         add(kind, f"eos_token_id = {short(value)}", *ON_MODEL, names=("eos_token_id",), setup=edited("config.json", put("eos_token_id", value)))
     for value in (-1, 640, 10**9, "0", 1.5, [0]):
         add(kind, f"pad_token_id = {short(value)}", *ON_MODEL, names=("pad_token_id",), setup=edited("config.json", put("text_config.pad_token_id", value)))
@@ -245,21 +247,23 @@ def generation_config_cases() -> None:
     bad: dict[str, list[Any]] = {
         "max_new_tokens": [0, -5, 2.5, "96", [96], True, float("nan")],
         "max_denoising_steps": [0, -1, 1.5, "48", [], True],
-        "t_min": [0, -0.4, "x", float("nan"), float("inf"), 5.0, [], True],
+        "t_min": [-0.4, "x", float("nan"), float("inf"), 5.0, [], True],
         "t_max": [-0.8, "x", float("nan"), float("inf"), [], 0.1, True],
         "stability_threshold": [-1, 1.5, "1", [], True],
         "confidence_threshold": [-0.1, "x", float("nan"), [], True],
         "pad_token_id": [-1, 640, 10**9, "0", 1.5],
-        "eos_token_id": [-1, 640, "x", [1.5], {}, [10**9], [True]],
+        "eos_token_id": [-1, "x", [1.5], {}, [True]],
         "sampler_config": ["x", [], 5, {"_cls_name": "Other"}, {"entropy_bound": -1}, {"entropy_bound": "x"}, {"entropy_bound": float("nan")}, {"entropi_bound": 0.1}],
     }
     for key, values in bad.items():
         for value in values:
             add(kind, f"{key} = {short(value)}", *ON_MODEL, names=(key, "generation_config.json"), setup=edited("generation_config.json", put(key, value)))
     for key, value in {"max_denoising_step": 20, "t_mim": 0.4, "entropy_bound": 0.2, "confidence_treshold": 1, "max_new_token": 20}.items():
-        add(kind, f"typo {key}", *GENERATE, "--model", "m", good=True, names=(key,), setup=edited("generation_config.json", put(key, value)))
+        add(kind, f"typo {key}", *ALOUD, good=True, names=(key,), setup=edited("generation_config.json", put(key, value)))
     for name, raw in {"empty": "", "list": "[]", "cut": '{"t_max"', "twice": '{"t_max": 1, "t_max": 2}', "not UTF-8": b'{"a": "\xff"}'}.items():
         add(kind, f"file: {name}", *ON_MODEL, names=("generation_config.json",), setup=all_of(copied, with_file("m/generation_config.json", raw)))
+    for value in (640, [1, 10**9]):
+        add(kind, f"eos_token_id = {value}", *ALOUD, good=True, names=("generation_config.json: eos_token_id has",), setup=edited("generation_config.json", put("eos_token_id", value)))
     for key, value in {"top_k": 64, "top_p": 0.95, "temperature": 0.7, "do_sample": True, "repetition_penalty": 1.1, "num_beams": 4}.items():
         add(kind, f"autoregressive {key}", *ON_MODEL, good=True, setup=edited("generation_config.json", put(key, value)))
 
@@ -333,7 +337,7 @@ def option_cases() -> None:
     kind = "options"
     bad: dict[str, list[str]] = {
         "--seed": ["x", "1.5", ""], "--max-tokens": ["0", "-1", "x", "1.5", "nan", "1e30"], "--max-denoising-steps": ["0", "-3", "x", "inf"], "--t-max": ["-1", "nan", "inf", "x", "0", "-inf", "0.1"],
-        "--t-min": ["-1", "nan", "inf", "x", "0", "9"], "--entropy-bound": ["-1", "nan", "x", "-inf"], "--stability-threshold": ["-1", "x", "1.5"], "--confidence-threshold": ["-1", "nan", "x"],
+        "--t-min": ["-1", "nan", "inf", "x", "9"], "--entropy-bound": ["-1", "nan", "x", "-inf"], "--stability-threshold": ["-1", "x", "1.5"], "--confidence-threshold": ["-1", "nan", "x"],
         "--prefill-step-size": ["0", "-1", "x"], "--canvas-length": ["0", "-1", "x", "49", "100000"], "--pace": ["-1", "nan", "inf", "x"], "--trunk": ["x", ""], "--memory-limit": ["0", "-1", "nan", "x", "0.0000001"],
         "--model": ["", "absent", "no/such/model/here", "\ud800"], "--adapter": ["", "absent"], "--noise": ["", "absent"], "--save-noise": ["", "absent/x.npz", "."], "--record": ["", "x.gif", "absent/x.svg", ".svg/"],
         "--messages": ["", "absent.json", "."],
@@ -342,7 +346,7 @@ def option_cases() -> None:
         for value in values:
             base = ("generate", "-q", "--seed", "1", "--max-tokens", "8") if option not in ("--seed", "--max-tokens") else ("generate", "-q")
             base += () if option == "--messages" else ("--prompt", "Sort: b, a")
-            add(kind, f"generate {option} {value!a}", *base, option, value, names=(option, option.strip("-").replace("-", "_"), value if value.strip("./") and len(value) > 4 else option))
+            add(kind, f"generate {option} {value!a}", *base, option, value, names=(option, option.strip("-").replace("-", "_"), value if value.strip("./") and len(value) > 4 else option, "folder \\ud800"))
     for args, names in [
         (("generate",), ("prompt",)), (("generate", "--prompt", ""), ("prompt",)), (("generate", "--prompt", "   "), ("prompt",)), (("generate", "--prompt", "@absent.txt"), ("absent.txt",)), (("generate", "--prompt", "@."), (".", "prompt")),
         (("generate", "--prompt", "x", "--messages", "m.json"), ("--messages",)), (("generate", "--prompt", "x", "--json", "--show-thinking"), ("--show-thinking",)), (("generate", "--prompt", "x", "--noise", "a", "--save-noise", "b"), ("--save-noise", "--noise")),
@@ -380,11 +384,11 @@ def option_cases() -> None:
         add(kind, " ".join(args), *args, names=names, setup=all_of(data, copied))
     for option, values in {"--repeat": ["0", "x"], "--only": ["x", ""], "--without": ["x", ""], "--output": ["", "absent/x.json", "."], "--model": ["", "absent"]}.items():
         for value in values:
-            add(kind, f"bench {option} {value!r}", "bench", *(() if option == "--only" else ("--only", "fact")), *(() if option == "--repeat" else ("--repeat", "1")), option, value, names=(option, value or option))
+            add(kind, f"bench {option} {value!r}", "bench", *(() if option == "--only" else ("--only", "fact")), *(() if option == "--repeat" else ("--repeat", "1")), option, value, names=(option, value or f"{option[2:]} is empty"))
     for option, values in {"--model": ["", "absent"]}.items():
         for value in values:
-            add(kind, f"check {option} {value!r}", "check", option, value, names=(option, value or option))
-            add(kind, f"chat {option} {value!r}", "chat", option, value, names=(option, value or option))
+            add(kind, f"check {option} {value!r}", "check", option, value, names=(option, value or f"{option[2:]} is empty"))
+            add(kind, f"chat {option} {value!r}", "chat", option, value, names=(option, value or f"{option[2:]} is empty"))
     add(kind, "chat --system-prompt half", "chat", "--system-prompt", "\udcff", stdin=b"hi\n", names=("system",))
     for args in (("--version",), ("--help",), ("generate", "--help"), ("train", "-h"), ("generate", "--version")):
         add(kind, "good: " + " ".join(args), *args, good=True)
@@ -474,6 +478,9 @@ def training_cases() -> None:
             config = json.loads((model / "config.json").read_text())
             config["text_config"]["rms_norm_eps"] = 1e-5
             (model / "config.json").write_text(json.dumps(config))
+        if name == "more steps":  # the same run, and further
+            add("resume", "good: more steps", *again, *change, setup=setup, good=True, names=("Continuing from step 1 of 3",), leaves=("o/*",))
+            continue
         add("resume", name, *again, *change, setup=setup, names=("o", "--output"), keep=keep, leaves=("o/*",))
     for name, spoil in {
         "cut position": lambda s: (s / "position.json").write_text('{"st'), "no position": lambda s: (s / "position.json").unlink(), "position of text": lambda s: (s / "position.json").write_text('{"step": "x"}'), "empty step": lambda s: [f.unlink() for f in s.iterdir()],
@@ -500,7 +507,8 @@ def finished_run() -> Path:
 def make_finished_run(scratch: Path) -> None:
     """Train one step, in a process of its own, for the cases about runs that go on."""
     with_file("d/train.jsonl", '{"prompt": "Sort: b, a", "completion": "a, b"}\n' * 4)(scratch)
-    out = run_child(("train", "--data", "d", "--steps", "1", "--batch-size", "2", "--output", "o"), "", scratch, b"", {})
+    command = ("train", "--data", "d", "--steps", "1", "--batch-size", "2", "--output", "o")
+    out = run_child(command, "", scratch, b"", {}, patience=600)  # MLX compiles kernels for it, if it never did here
     if out.status != 0:
         raise SystemExit(f"a plain training fails: status {out.status}: {out.stderr} {out.stdout}")
     _FINISHED.append(scratch / "o")
@@ -609,7 +617,7 @@ def weight_cases() -> None:
         "not JSON": lambda h, b: (b"{" * 100, b), "a list": lambda h, b: ([], b), "deep": lambda h, b: (b'{"a":' * 4000, b), "cut": lambda h, b: (h, b[:-64]), "padded": lambda h, b: (h, b + b"\0" * 8), "empty header": lambda h, b: ({}, b"" if True else b),
         "one renamed": lambda h, b: ({("x" if k == name_of(h) else k): v for k, v in h.items()}, b), "shape of text": lambda h, b: (h | {name_of(h): {**h[name_of(h)], "shape": "x"}}, b), "shape negative": lambda h, b: (h | {name_of(h): {**h[name_of(h)], "shape": [-1, 2]}}, b),
         "offsets swapped": lambda h, b: (h | {name_of(h): {**h[name_of(h)], "data_offsets": h[name_of(h)]["data_offsets"][::-1]}}, b), "dtype I64": lambda h, b: (h | {name_of(h): {**h[name_of(h)], "dtype": "I64"}}, b), "dtype a number": lambda h, b: (h | {name_of(h): {**h[name_of(h)], "dtype": 5}}, b),
-        "dtype unknown": lambda h, b: (h | {name_of(h): {**h[name_of(h)], "dtype": "F8"}}, b), "entry a list": lambda h, b: (h | {name_of(h): []}, b), "shape swapped": lambda h, b: (h | {name_of(h): {**h[name_of(h)], "shape": h[name_of(h)]["shape"][::-1]}}, b),
+        "dtype unknown": lambda h, b: (h | {name_of(h): {**h[name_of(h)], "dtype": "F8"}}, b), "entry a list": lambda h, b: (h | {name_of(h): []}, b), "shape swapped": lambda h, b: (h | {name_of(h, "embed_tokens"): {**h[name_of(h, "embed_tokens")], "shape": h[name_of(h, "embed_tokens")]["shape"][::-1]}}, b),
         "NaN in attention": patched(float("nan"), "q_proj"), "infinity in the embedding": patched(float("inf"), "embed_tokens"), "NaN in a norm": patched(float("nan"), "layers.1.input_layernorm"), "NaN in experts": patched(float("nan"), "experts.down_proj"), "infinity in a scalar": patched(float("-inf"), "layer_scalar"),
     }
     for name, change in cases.items():
@@ -662,6 +670,143 @@ def weight_cases() -> None:
     add("bench --compare", "good: brackets", "bench", "--compare", "x[b].json", "b.json", setup=all_of(with_file("x[b].json", whole), with_file("b.json", whole.replace('"x"', '"M3 [/b] Max"'))), good=True)
 
 
+# ---------------------------------------------------------------------- edit, decide, score, evaluate, tune, fuse, obey
+
+
+def later_cases() -> None:
+    note = with_file("t.txt", "one\ntwo\nthree\n")
+    edit = ("edit", "-q", "--seed", "1", "t.txt", "--prompt", "Sort", "--lines", "2")
+    for name, args, names in [
+        ("no file", ("edit", "--lines", "1", "-p", "x"), ("FILE",)), ("no lines", ("edit", "t.txt", "-p", "x"), ("--lines",)), ("no prompt", ("edit", "t.txt", "--lines", "1"), ("--prompt",)), ("absent", ("edit", "absent.txt", "--lines", "1", "-p", "x"), ("absent.txt",)),
+        ("a folder", ("edit", ".", "--lines", "1", "-p", "x"), (".",)), ("empty path", ("edit", "", "--lines", "1", "-p", "x"), ("FILE",)), ("blank prompt", ("edit", "t.txt", "--lines", "1", "-p", " "), ("prompt", "instruction")), ("half prompt", ("edit", "t.txt", "--lines", "1", "-p", "\udcff"), ("prompt", "instruction")),
+        *((f"lines {value!r}", ("edit", "t.txt", "-p", "x", "--lines", value), ("lines",)) for value in ("0", "9", "2-9", "3-1", "x", "-1", "1-", "1,2", "", "1-2-3", "99999999999999999999")),
+        ("start", (*edit, "--start", "middle"), ("--start",)), ("template options", (*edit, "--template-options", '{"a": 1}'), ("--template-options",)), ("canvas too short", (*edit, "--canvas-length", "1"), ("canvas",)), ("best of", (*edit, "--best-of", "0"), ("--best-of",)), ("temperature", (*edit, "--temperature", "nan"), ("--temperature",)),
+        ("autoregressive", (*edit, "--decoding", "autoregressive"), ("decoding", "autoregressive")), ("max tokens", (*edit, "--max-tokens", "0"), ("--max-tokens",)), ("absent model", (*edit, "--model", "absent"), ("absent",)),
+    ]:
+        add("edit", name, *args, setup=note, names=names, keep=("t.txt",))
+    for name, raw in {"not UTF-8": b"a\xff\nb\n", "utf-16": "one\ntwo\n".encode("utf-16"), "empty": b"", "binary": bytes(range(256)) * 4}.items():
+        add("edit", f"file: {name}", "edit", "-q", "t.txt", "--lines", "1", "-p", "x", setup=with_file("t.txt", raw), names=("t.txt", "line"), keep=("t.txt",))
+    add("edit", "good: shown", *edit, setup=note, good=True, keep=("t.txt",))
+    add("edit", "good: no newline at the end", *edit, setup=with_file("t.txt", "one\r\ntwo"), good=True, keep=("t.txt",))
+    add("edit", "full disk", *edit, "--write", setup=note, names=("t.txt",), keep=("t.txt",), environment={"ABUSE_FULL_DISK": "1"})
+    add("edit", "good: home", "edit", "-q", "--seed", "1", "~/t.txt", "--prompt", "Sort", "--lines", "2", "--write", setup=note, environment={"HOME": "."}, good=True)
+
+    decide = ("decide", "--state", "It rains.", "--questions", "q.json")
+    questions: dict[str, str | bytes] = {
+        "empty": "", "list": "[]", "object of nothing": "{}", "null": "null", "cut": '{"a"', "number": "5", "deep": '{"a":' * 300 + "1" + "}" * 300, "NaN": '{"a": {"type": "score", "question": "x", "least": NaN}}', "twice": '{"a": {"type": "bool", "question": "x"}, "a": {"type": "bool", "question": "y"}}',
+        "no question": '{"a": {"type": "bool"}}', "blank question": '{"a": {"type": "bool", "question": " "}}', "question a number": '{"a": {"type": "bool", "question": 5}}', "unknown type": '{"a": {"type": "colour", "question": "x"}}', "type a list": '{"a": {"type": [], "question": "x"}}', "a text": '{"a": "is it?"}', "no choices": '{"a": {"type": "choice", "question": "x"}}',
+        "empty choices": '{"a": {"question": "x", "choices": []}}', "one choice": '{"a": {"question": "x", "choices": ["a"]}}', "choices twice": '{"a": {"question": "x", "choices": ["a", "a"]}}', "choices of numbers": '{"a": {"question": "x", "choices": [1, 2]}}', "choices a text": '{"a": {"question": "x", "choices": "ab"}}', "empty choice": '{"a": {"question": "x", "choices": ["", "a"]}}',
+        "unknown key": '{"a": {"type": "bool", "question": "x", "colour": 1}}', "half a question": '{"a": {"type": "bool", "question": "\\ud800"}}', "not UTF-8": b'{"a": {"type": "bool", "question": "\xe9"}}', "utf-16": '{"a": {}}'.encode("utf-16"), "long choice": json.dumps({"a": {"question": "x", "choices": ["a", "b " * 500]}}),
+    }
+    for name, raw in questions.items():
+        add("decide", f"questions: {name}", *decide, setup=with_file("q.json", raw), names=("q.json", "a:", "question", "'a'", "choice", "label"))
+    fine = with_file("q.json", '{"wet": {"type": "bool", "question": "Is it wet?"}}')
+    for name, args, names in [
+        ("no state", ("decide", "--questions", "q.json"), ("--state",)), ("no questions", ("decide", "--state", "x"), ("--questions",)), ("absent", ("decide", "--state", "x", "--questions", "absent.json"), ("absent.json",)), ("a folder", ("decide", "--state", "x", "--questions", "."), ("--questions",)), ("absent state", ("decide", "--state", "@absent", "--questions", "q.json"), ("absent",)),
+        ("half state", ("decide", "--state", "\udcff", "--questions", "q.json"), ("--state",)), ("both ways", (*decide, "--prompt", "x", "--choice", "a"), ("--prompt",)), ("one choice", ("decide", "--prompt", "x", "--choice", "a"), ("choice", "label")), ("choice twice", ("decide", "--prompt", "x", "--choice", "a", "--choice", "a"), ("'a'", "choice", "label")), ("empty choice", ("decide", "--prompt", "x", "--choice", "", "--choice", "a"), ("choice", "label")),
+        ("prompt without choices", ("decide", "--prompt", "x"), ("--choice",)), ("canvas 0", (*decide, "--canvas-length", "0"), ("--canvas-length",)), ("canvas beyond", (*decide, "--canvas-length", "49"), ("canvas",)), ("canvas below a label", ("decide", "--prompt", "x", "--choice", "aaa bbb ccc", "--choice", "b", "--canvas-length", "1"), ("canvas",)), ("seed", (*decide, "--seed", "x"), ("--seed",)),
+    ]:
+        add("decide", name, *args, setup=fine, names=names)
+    add("decide", "good", *decide, setup=fine, good=True)
+
+    for name, raw in {"empty": b"", "not UTF-8": b"a\xffb", "utf-16": "Sort".encode("utf-16"), "binary": bytes(range(256))}.items():
+        add("score", f"file: {name}", "score", "t.txt", setup=with_file("t.txt", raw), names=("t.txt",))
+        add("score", f"stdin: {name}", "score", "-", stdin=raw, names=("standard input",))
+    for name, args, names in [
+        ("no file", ("score",), ("FILE",)), ("absent", ("score", "absent.txt"), ("absent.txt",)), ("a folder", ("score", "."), (".",)), ("empty path", ("score", ""), ("FILE",)), ("stride 0", ("score", "t.txt", "--stride", "0"), ("--stride",)), ("stride text", ("score", "t.txt", "--stride", "x"), ("--stride",)), ("absent model", ("score", "t.txt", "--model", "absent"), ("absent",)),
+        ("too long", ("score", "long.txt"), ("--stride", "stride")), ("stride beyond", ("score", "long.txt", "--stride", "100000"), ("stride",)), ("closed", ("score", "-"), ("standard input",)),
+    ]:
+        add("score", name, *args, setup=all_of(note, with_file("long.txt", "Sort the names. " * 4000)), names=names, stdin=None if name == "closed" else b"")
+    for name, raw in {"one letter": b"a", "BOM": "\ufeffSort: b, a".encode(), "emoji": "👩‍👩‍👧 \u2028".encode()}.items():
+        add("score", f"good: {name}", "score", "t.txt", setup=with_file("t.txt", raw), good=True)
+    add("score", "good: home", "score", "~/t.txt", setup=note, environment={"HOME": "."}, good=True)
+
+    for name, args, names in [
+        ("no tasks", ("evaluate",), ("--tasks",)), ("unknown", ("evaluate", "--tasks", "no_such_task"), ("no_such_task",)), ("empty", ("evaluate", "--tasks", ""), ("--tasks",)), ("limit 0", ("evaluate", "--tasks", "x", "--limit", "0"), ("--limit",)), ("shots", ("evaluate", "--tasks", "x", "--num-shots", "-1"), ("--num-shots",)), ("batch", ("evaluate", "--tasks", "x", "--batch-size", "0"), ("--batch-size",)),
+        ("absent folder", ("evaluate", "--tasks", "x", "--output-dir", "absent"), ("absent",)), ("a file", ("evaluate", "--tasks", "x", "--output-dir", "t.txt"), ("t.txt",)), ("empty folder", ("evaluate", "--tasks", "d"), ("d", "task")), ("absent model", ("evaluate", "--tasks", "x", "--model", "absent"), ("absent",)), ("decoding", ("evaluate", "--tasks", "x", "--decoding", "y"), ("--decoding",)),
+    ]:
+        add("evaluate", name, *args, setup=all_of(note, with_file("d/x.txt", "x")), names=names, keep=("t.txt",))
+
+    for name, args, names in [
+        ("absent model", ("tune", "--model", "absent"), ("absent",)), ("empty model", ("tune", "--model", ""), ("model",)), ("a file", ("tune", "--model", "t.txt"), ("t.txt",)), ("a folder of nothing", ("tune", "--model", "d"), ("config.json",)), ("both", ("tune", "--forget", "--show"), ("--show", "--forget")), ("forget absent", ("tune", "--forget", "--model", "absent"), ("absent",)), ("nonsense", ("tune", "--nonsense"), ("--nonsense",)),
+    ]:
+        add("tune", name, *args, setup=all_of(note, with_file("d/x.txt", "x")), names=names, environment={"MLX_DIFFGEMMA_CACHE": "cache"}, leaves=("cache", "cache/*"))
+
+    def kept(change: Callable[[dict[str, Any]], Any] | str) -> Callable[[Path], None]:
+        def setup(folder: Path) -> None:
+            from mlx_diffgemma.files import tuned
+            from mlx_diffgemma.model.tuning import DEFAULT
+
+            os.environ["MLX_DIFFGEMMA_CACHE"] = str(folder / "cache")
+            file = tuned.remember(copied(folder), "m", DEFAULT, {})
+            del os.environ["MLX_DIFFGEMMA_CACHE"]
+            values: Any = json.loads(file.read_text())
+            file.write_text(change if isinstance(change, str) else json.dumps(change(values) or values))
+        return setup
+
+    spoiled: dict[str, Any] = {"empty": "", "cut": "{", "list": "[]", "deep": "[" * 5000, "NaN": '{"tuning": NaN}', "no tuning": lambda v: v.pop("tuning"), "tile of text": lambda v: v["tuning"].update(tile="x"), "tile 0": lambda v: v["tuning"].update(tile=0), "scores nothing": lambda v: v["tuning"].update(scores=None), "trunk": lambda v: v["tuning"].update(trunk="gold"),
+                               "measured with numbers": lambda v: v.update(measured_with={"chip": 5}), "measured with a list": lambda v: v.update(measured_with=[]), "another chip": lambda v: v["measured_with"].update(chip="M9"), "wired of text": lambda v: v["tuning"].update(wired="yes")}
+    for name, change in spoiled.items():
+        add("tune", f"remembered: {name}", *ALOUD, setup=kept(change), good=True, names=("left alone",), environment={"MLX_DIFFGEMMA_CACHE": "cache"})
+        add("tune", f"shown: {name}", "tune", "--show", setup=kept(change), good=True, environment={"MLX_DIFFGEMMA_CACHE": "cache"})
+
+    for name, args, names in [
+        ("absent adapter", ("fuse", "--adapter", "absent"), ("absent",)), ("empty adapter", ("fuse", "--adapter", ""), ("--adapter",)), ("a file", ("fuse", "--adapter", "t.txt"), ("t.txt",)), ("no adapter", ("fuse", "--adapter", "d"), ("adapter_config.json",)), ("into something", ("fuse", "--adapter", "d", "--save-path", "d"), ("--save-path", "d")), ("into a file", ("fuse", "--adapter", "d", "--save-path", "t.txt"), ("t.txt",)), ("empty target", ("fuse", "--adapter", "d", "--save-path", ""), ("--save-path",)), ("absent model", ("fuse", "--model", "absent", "--adapter", "d"), ("absent",)),
+    ]:
+        add("fuse", name, *args, setup=all_of(note, with_file("d/x.txt", "x")), names=names, keep=("t.txt", "d/x.txt"))
+
+    obey = ("generate", "-q", "--seed", "1", "--max-tokens", "8", "--prompt", "x")
+    schemas: dict[str, Any] = {"cut": "{", "NaN": '{"const": NaN}', "deep": '{"items":' * 400 + "true" + "}" * 400, "type": {"type": "colour"}, "type a number": {"type": 5}, "unknown word": {"typ": "string"}, "nowhere": {"$ref": "#/a"}, "outside": {"$ref": "https://x.y/z"}, "impossible": {"type": "integer", "minimum": 3, "maximum": 2}, "nothing": {"not": {}}, "pattern": {"type": "string", "pattern": "("}, "look-around": {"type": "string", "pattern": "(?=a)b"},
+                              "huge": {"type": "string", "minLength": 10**8}, "enum a text": {"enum": "x"}, "enum of nothing": {"enum": []}, "items a list": {"type": "array", "items": [1]}, "required a text": {"type": "object", "required": "a"}, "properties a list": {"properties": []}, "format": {"type": "string", "format": "phone"}, "bounds of text": {"type": "integer", "minimum": "x"}, "min above max": {"type": "array", "minItems": 3, "maxItems": 1}, "twice": '{"type": "string", "type": "integer"}', "infinity": '{"type": "number", "maximum": 1e999}'}
+    for name, value in schemas.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        add("obey", f"schema: {name}", *obey, "--json-schema", text, names=("schema",))
+        add("obey", f"schema in a file: {name}", *obey, "--json-schema", "s.json", setup=with_file("s.json", text), names=("schema",))
+    for name, args, names in [
+        ("schema absent", ("--json-schema", "absent.json"), ("absent.json",)), ("schema empty", ("--json-schema", ""), ("--json-schema",)), ("schema a folder", ("--json-schema", "."), ("--json-schema",)), ("schema a list", ("--json-schema", "[]"), ("--json-schema", "schema")), ("regex open", ("--regex", "("), ("regular", "regex")), ("regex empty", ("--regex", ""), ("regex", "answer")), ("regex backwards", ("--regex", "(a)\\1"), ("\\1", "regex", "back")), ("regex look", ("--regex", "a(?=b)"), ("look",)), ("regex huge", ("--regex", "(a{1000}){1000}"), ("regex", "states")), ("regex half", ("--regex", "\udcff"), ("regex",)),
+        ("one choice empty", ("--choice", ""), ("choice",)), ("choices twice", ("--choice", "a", "--choice", "a"), ("'a'", "choice")), ("choice half", ("--choice", "\udc80"), ("choice",)), ("choice too long", ("--choice", "word " * 200), ("max_tokens", "tokens")), ("both", ("--regex", "a", "--choice", "b"), ("--choice",)), ("hole alone", ("--hole", "X"), ("--hole",)),
+    ]:
+        add("obey", name, *obey, *args, names=names)
+    bare = ("generate", "-q", "--seed", "1")
+    for name, args, names in [
+        ("fill without a mark", ("--fill", "nothing to fill"), ("<fill>", "mark")), ("fill absent", ("--fill", "@absent"), ("absent",)), ("fill half", ("--fill", "a\udcff<fill>"), ("--fill",)), ("fill too long", ("--fill", "word " * 400 + "<fill>"), ("canvas",)), ("hole empty", ("--fill", "a", "--hole", ""), ("mark", "--hole")), ("fill and thinking", ("--fill", "a <fill>", "--thinking"), ("--thinking",)), ("suffix absent", ("--suffix", "@absent"), ("absent",)), ("fill and regex", ("--fill", "a <fill>", "--regex", "b"), ("--regex",)),
+        ("retries", ("--prompt", "x", "--retries", "-1"), ("--retries",)), ("best of and retries", ("--prompt", "x", "--retries", "1", "--best-of", "2"), ("best_of", "retries")), ("best of, events", ("--prompt", "x", "--events", "--best-of", "2"), ("--events", "-q")), ("logprobs 0", ("--prompt", "x", "--logprobs", "0"), ("logprobs",)), ("logprobs 21", ("--prompt", "x", "--logprobs", "21"), ("logprobs",)), ("logprobs text", ("--prompt", "x", "--logprobs", "many"), ("logprobs", "many")), ("top p alone", ("--prompt", "x", "--top-p", "0.9"), ("top_p",)), ("top p 2", ("--prompt", "x", "--top-p", "2", "--decoding", "autoregressive"), ("top_p", "--top-p")),
+        ("top k nan", ("--prompt", "x", "--top-k", "nan", "--decoding", "autoregressive"), ("--top-k",)), ("stable, autoregressive", ("--prompt", "x", "--stable-answer", "2", "--decoding", "autoregressive"), ("stable_answer",)), ("steps, autoregressive", ("--prompt", "x", "--max-denoising-steps", "2", "--decoding", "autoregressive"), ("max_denoising_steps",)), ("temperature tiny", ("--prompt", "x", "--temperature", "1e-9"), ("temperature",)), ("unknown stop", ("--prompt", "x", "--extra-eos-token", "<nothing>"), ("<nothing>",)), ("empty stop", ("--prompt", "x", "--extra-eos-token", ""), ("--extra-eos-token",)),
+        *((f"template options {value!a}", ("--prompt", "x", "--template-options", value), ("--template-options", "template_options", "template")) for value in ("", "{", "[]", '{"a": NaN}', '{"a":' * 200 + "1" + "}" * 200, '{"messages": []}', '{"\ud800": 1}', '{"nothing_reads_this": 1}')),
+    ]:
+        add("obey", name, *bare, *args, names=names)
+
+    batch = ("generate", "--input", "p.jsonl", "--output", "r.jsonl", "-q", "--seed", "1", "--max-tokens", "4")
+    prompts = with_file("p.jsonl", '{"prompt": "Sort: b, a"}\n')
+    for name, raw in {"empty": b"", "blank": b"\n\n", "not UTF-8": b"\xff\n", "utf-16": '{"prompt": "a"}\n'.encode("utf-16"), "twice the same id": b'{"id": "a", "prompt": "x"}\n{"id": "a", "prompt": "y"}\n'}.items():
+        add("batches", f"input: {name}", *batch, setup=with_file("p.jsonl", raw), names=("p.jsonl",))
+    for name, line in {"not JSON": "{", "a list": "[]", "no prompt": "{}", "prompt a number": '{"prompt": 5}', "both": '{"prompt": "a", "messages": []}', "messages of nothing": '{"messages": []}', "image": '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "half": '{"prompt": "\\ud800"}', "NaN": '{"prompt": "a", "w": NaN}', "deep": '{"prompt": ' + "[" * 200 + "]" * 200 + "}", "seed of text": '{"prompt": "a", "seed": "x"}', "id a list": '{"prompt": "a", "id": []}', "empty prompt": '{"prompt": ""}', "a key of the reply": '{"prompt": "a", "text": "x"}'}.items():
+        add("batches", f"line: {name}", *batch, setup=with_file("p.jsonl", '{"prompt": "Sort: b, a"}\n' + line + "\n"), names=("line 2", "2:", "id 2", " 2 ", "p.jsonl:2", "1 of 2"), leaves=("r.jsonl", "r.jsonl.journal"))
+    journals: dict[str, bytes] = {"words": b"hello\n", "list": b"[]\n", "deep": b"[" * 3000 + b"\n", "no seed": b'{"about": {}}\n', "seed of text": b'{"about": {}, "seed": "x"}\n', "lines of text": b'{"about": {}, "seed": 1}\n{"lines": "x"}\n', "lines of numbers": b'{"about": {}, "seed": 1}\n{"lines": [1]}\n', "another run's": b'{"about": {"model": "other"}, "seed": 1}\n', "NaN": b'{"about": NaN, "seed": 1}\n'}
+    for name, raw in journals.items():
+        add("batches", f"journal: {name}", *batch, setup=all_of(prompts, with_file("r.jsonl.journal", raw)), names=("r.jsonl.journal",), keep=("r.jsonl.journal",))
+    for name, args, names in [
+        ("no output", ("generate", "--input", "p.jsonl"), ("--output",)), ("absent", ("generate", "--input", "absent.jsonl", "--output", "r.jsonl"), ("absent.jsonl",)), ("output there", ("generate", "--input", "p.jsonl", "--output", "t.txt"), ("t.txt",)), ("output nowhere", ("generate", "--input", "p.jsonl", "--output", "absent/r.jsonl"), ("absent",)), ("output a folder", ("generate", "--input", "p.jsonl", "--output", "."), ("--output",)), ("batch size", (*batch, "--batch-size", "0"), ("--batch-size",)), ("with a prompt", (*batch, "--prompt", "x"), ("--prompt",)), ("with events", (*batch, "--events"), ("--events",)), ("output alone", ("generate", "--prompt", "x", "--output", "r.jsonl"), ("--output",)), ("empty input", ("generate", "--input", "", "--output", "r.jsonl"), ("--input",)),
+    ]:
+        add("batches", name, *args, setup=all_of(prompts, note), names=names, keep=("t.txt", "p.jsonl"))
+    add("batches", "full disk", *batch, setup=prompts, names=("r.jsonl",), environment={"ABUSE_FULL_DISK": "1"})
+    add("batches", "good: home", "generate", "--input", "~/p.jsonl", "--output", "~/r.jsonl", "-q", "--max-tokens", "4", setup=prompts, environment={"HOME": "."}, good=True, leaves=("r.jsonl",))
+    add("batches", "good: separators", *batch, setup=with_file("p.jsonl", json.dumps({"prompt": "b\u2028a\u0085"}, ensure_ascii=False) + "\r\n"), good=True, leaves=("r.jsonl",))
+    add("full disk", "train without locks", "train", "--data", "d", "--steps", "1", "--batch-size", "1", "--output", "o", setup=with_file("d/train.jsonl", '{"prompt": "a", "completion": "b"}\n'), good=True, names=("lock",), leaves=("o", "o/*"), environment={"ABUSE_NO_LOCKS": "1"})
+    add("full disk", "batches without locks", *batch, setup=prompts, good=True, leaves=("r.jsonl",), environment={"ABUSE_NO_LOCKS": "1"})
+    head = "m = load(model)\n"
+    for code, names in {
+        "m.score('')": ("score",), "m.score(5)": ("text",), "m.score('a\\ud800')": ("text",), "m.score([])": ("text", "ids"), "m.score([10**9])": ("id",), "m.score([-1])": ("id",), "m.score('a', stride=0)": ("stride",), "m.score('a', stride='x')": ("stride",), "m.score('a', answer=5)": ("answer",),
+        "m.decide('x', {})": ("question",), "m.decide(5, {'a': {'type': 'bool', 'question': 'x'}})": ("state",), "m.decide('x', {'a': 5})": ("a",), "m.decide('x', {'a': {'type': 'bool', 'question': 'x'}}, canvas_length=0)": ("canvas_length",), "m.decide('x', {'a': {'type': 'bool', 'question': 'x'}}, seed='x')": ("seed",), "m.decide('x', {'a': {'type': 'bool', 'question': 'x'}}, orders='x')": ("orders",),
+        "m.fill('no mark')": ("mark", "<fill>"), "m.fill(5)": ("text",), "m.fill('a <fill>', mark='')": ("mark",), "m.fill('a <fill>', holes=[5])": ("hole",), "m.fill('a <fill>', holes=5)": ("hole",), "m.fill()": ("text", "prefix"), "m.fill(prefix=5)": ("prefix",), "m.generate('a', json_schema=5)": ("schema",), "m.generate('a', json_schema='{')": ("schema",), "m.generate('a', regex=5)": ("regex",), "m.generate('a', choices='ab')": ("choices",), "m.generate('a', choices=[])": ("choices",), "m.generate('a', choices=[5])": ("choice",),
+        "m.generate('a', constraint=5)": ("constraint",), "m.generate('a', tool_choice='x')": ("tool_choice",), "m.generate('a', regex='a', choices=['b'])": ("choices", "regex"), "m.generate('a', logprobs=99)": ("logprobs",), "m.generate('a', best_of=0)": ("best_of",), "m.generate('a', retries='x')": ("retries",), "m.generate('a', decoding='x')": ("decoding",), "m.generate('a', top_k=5)": ("top_k",), "m.generate('a', template_options=5)": ("template_options",), "m.generate('a', template_options={'a': object()})": ("option 'a'",), "m.generate('a', sanitize_control_tokens='x')": ("sanitize_control_tokens",),
+        "next(m.stream('a', best_of=2))": ("best_of",), "m.edit('a', lines=(1, 1), instruction='')": ("instruction", "edit"), "m.prepare_edit('a\\nb', lines=(0, 1), instruction='x')": ("lines",), "m.prepare_edit('a', lines='x', instruction='x')": ("lines",), "m.prepare_edit(5, lines=(1, 1), instruction='x')": ("text",),
+    }.items():
+        if code.startswith("m.edit("):
+            continue
+        CASES.append(Case(kind="later API", name=code, code=head + code, names=names, setup=copied))
+
+
 # -------------------------------------------------------------------------------------------------------------- API
 
 
@@ -669,22 +814,22 @@ def api_cases() -> None:
     head = "m = load(model)\n"
     calls: dict[str, tuple[str, tuple[str, ...]]] = {}
     for name, values in {
-        "max_tokens": ["0", "-1", "2.5", "'8'", "None and 0 or []", "float('nan')", "True", "10**30"], "max_denoising_steps": ["0", "-1", "1.5", "'x'", "[]"], "t_min": ["0", "-1", "'x'", "float('nan')", "float('inf')", "5", "None"], "t_max": ["-1", "'x'", "float('nan')", "float('inf')", "[]"], "entropy_bound": ["-1", "'x'", "float('nan')", "None"],
+        "max_tokens": ["0", "-1", "2.5", "'8'", "None and 0 or []", "float('nan')", "True", "10**30"], "max_denoising_steps": ["0", "-1", "1.5", "'x'", "[]"], "t_min": ["-1", "'x'", "float('nan')", "float('inf')", "5", "None"], "t_max": ["-1", "'x'", "float('nan')", "float('inf')", "[]"], "entropy_bound": ["-1", "'x'", "float('nan')", "None"],
         "stability_threshold": ["-1", "1.5", "'x'"], "confidence_threshold": ["-1", "'x'", "float('nan')"], "stop_ids": ["5", "'x'", "(1.5,)", "(-1,)", "(10**9,)", "None"], "pad_token_id": ["-1", "10**9", "'x'", "1.5"], "prefill_step_size": ["0", "-1", "2.5", "'x'"], "canvas_length": ["0", "-1", "49", "2.5", "'x'", "True"], "greedy": ["'yes'", "5"],
-        "avoid_empty": ["'yes'", "5"], "sparse_signal": ["'x'"], "temperature": ["0.5"], "max_token": ["8"], "seed": ["'x'", "1.5", "[1]"], "seeds": ["5", "[1, 2]", "['x']", "[1.5]"], "noise": ["5", "'n.npz'"], "tools": ["'x'", "5", "[5]", "[{'a': float('nan')}]"], "enable_thinking": ["'yes'", "5"],
+        "avoid_empty": ["'yes'", "5"], "sparse_signal": ["'x'"], "temperature": ["-1", "0.0001", "'x'", "float('nan')"], "max_token": ["8"], "seed": ["'x'", "1.5", "[1]"], "seeds": ["5", "[1, 2]", "['x']", "[1.5]"], "noise": ["5", "'n.npz'"], "tools": ["'x'", "5", "[5]", "[{'a': float('nan')}]"], "enable_thinking": ["'yes'", "5"],
     }.items():
         for value in values:
             calls[f"generate({name}={value})"] = (head + f"m.generate('Sort: b, a', {name}={value})", (name, name.rstrip("s")))
-    for value in ("5", "None", "[]", "''", "b'x'", "{}", "[{}]", "[{'role': 'user'}, 5]", "[[]]", "['', '']", "[1.5, 2]", "[-1]", "[640]", "[True, False]", "[10**30]", "'bad \\ud800'", "[{'role': 'user', 'content': object()}]", "[{'role': 'user', 'content': float('nan')}]", "['a', 5]", "[[1], 'a']", "('a', 'b')", "[1, 'a']"):
+    for value in ("5", "None", "[]", "b'x'", "{}", "[{}]", "[{'role': 'user'}, 5]", "[[]]", "[1.5, 2]", "[-1]", "[640]", "[True, False]", "[10**30]", "'bad \\ud800'", "[{'role': 'user', 'content': object()}]", "[{'role': 'user', 'content': float('nan')}]", "['a', 5]", "('a', 'b')", "[1, 'a']"):
         calls[f"generate({value})"] = (head + f"m.generate({value})", ("prompt", "messages", "id"))
     for value in ("5", "None", "''", "'absent'", "b'x'", "'a\\0b'", "[]", "'x' * 5000", "'\\ud800'"):
         if value == "None":
             continue
         calls[f"load({value})"] = (f"load({value})", ("load", "path", "folder", "absent", "model"))
-    for option, values in {"trunk": ["'x'", "5", "None"], "memory_limit": ["-1", "0", "'x'", "1000", "float('nan')"], "adapter": ["5", "'absent'", "''"], "revision": ["'main'", "5"]}.items():
+    for option, values in {"trunk": ["'x'", "5"], "memory_limit": ["-1", "0", "'x'", "1000", "float('nan')"], "adapter": ["5", "'absent'", "''"], "revision": ["'main'", "5"]}.items():
         for value in values:
             calls[f"load({option}={value})"] = (f"load(model, {option}={value})", (option, "memory", "absent"))
-    for value in ("5", "None", "''", "'bad \\ud800'", "[]", "b'x'", "{'role': 'user'}"):
+    for value in ("5", "None", "'bad \\ud800'", "[]", "b'x'", "{'role': 'user'}"):
         calls[f"chat().send({value})"] = (head + f"m.chat().send({value})", ("text", "message", "prompt"))
     for value in ("5", "'bad \\udfff'", "[]"):
         calls[f"chat({value})"] = (head + f"m.chat({value}).send('hi')", ("system", "message"))
@@ -695,7 +840,7 @@ def api_cases() -> None:
         "load()": "load().generate('Sort: b, a', max_tokens=4)", "generate twice": head + "m.generate('Sort: b, a', max_tokens=4); m.generate(['a', 'b'], max_tokens=4)", "null keys": head + "m.generate([{'role': 'user', 'content': 'a', 'name': None}], max_tokens=4)",
         "tuple of messages": head + "m.generate([{'role': 'user', 'content': ({'type': 'text', 'text': 'a'},)}], max_tokens=4)", "Path": "import pathlib\nload(pathlib.Path(model)).generate('a', max_tokens=4)",
         "another thread": head + "import threading\nr = []\nt = threading.Thread(target=lambda: r.append(m.generate('Sort: b, a', max_tokens=4)))\nt.start(); t.join()\nassert r",
-        "a batch of emoji": head + "m.generate(['👩‍👩‍👧', 'é'], max_tokens=4)", "numpy ids": head + "import numpy as np\nm.generate([int(i) for i in np.arange(5)], max_tokens=4)",
+        "a batch of emoji": head + "m.generate(['👩‍👩‍👧', 'é'], max_tokens=4)", "an empty turn": head + "m.generate('', max_tokens=4); m.generate(['', ''], max_tokens=4); m.chat(max_tokens=4).send('')", "ids beside text": head + "m.generate([[1, 2], 'a'], max_tokens=4)", "no temperature at the end": head + "m.generate('a', t_min=0, max_tokens=4)", "numpy ids": head + "import numpy as np\nm.generate([int(i) for i in np.arange(5)], max_tokens=4)",
     }
     for name, code in good.items():
         CASES.append(Case(kind="API", name=f"good: {name}", code=code, good=True, setup=copied))
@@ -817,7 +962,7 @@ def _api(code: str) -> int:
     return 0
 
 
-def run_child(args: tuple[str, ...], code: str, folder: Path, stdin: bytes | None, environment: dict[str, str]) -> Outcome:
+def run_child(args: tuple[str, ...], code: str, folder: Path, stdin: bytes | None, environment: dict[str, str], patience: float = 8 * HANG) -> Outcome:
     """Fork, run, wait until it ends or has computed for HANG seconds; the machine may be busy with something else."""
     pipes = {number: os.pipe() for number in (0, 1, 2)}
     begun = time.monotonic()
@@ -854,7 +999,7 @@ def run_child(args: tuple[str, ...], code: str, folder: Path, stdin: bytes | Non
     with ThreadPoolExecutor(3) as pool:
         pool.submit(_feed, pipes[0][1], stdin or b"")
         out, err = (pool.submit(_drain, pipes[number][0]) for number in (1, 2))
-        status, computed = _wait(pid, begun)
+        status, computed = _wait(pid, begun + patience)
         said = [text.result().decode("utf-8", "replace") for text in (out, err)]
     return Outcome(status, *said, computed)
 
@@ -869,13 +1014,13 @@ def _drain(end: int) -> bytes:
         return stream.read()
 
 
-def _wait(pid: int, begun: float) -> tuple[int, float]:
+def _wait(pid: int, end: float) -> tuple[int, float]:
     """Exit status, and seconds of processor time; killed when those, or a lot of waiting, are too many."""
     while True:
         done, raw, used = os.wait4(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(raw), used.ru_utime + used.ru_stime
-        if _computed(pid) > HANG or time.monotonic() - begun > 8 * HANG:
+        if _computed(pid) > HANG or time.monotonic() > end:
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             return -9, HANG + 1.0
@@ -905,7 +1050,7 @@ def state(folder: Path) -> dict[str, bytes | None]:
 def judge(case: Case, outcome: Outcome, before: dict[str, bytes | None], after: dict[str, bytes | None]) -> tuple[str, str]:
     """The outcome's name, and what to show of it."""
     said = [line for line in outcome.stderr.strip().splitlines() if line.strip()]
-    at = next((i for i, line in enumerate(said) if line.startswith("Error:")), None)
+    at = next((i for i, line in enumerate(said) if line.startswith(("Error:", "Failed:"))), None)
     message = " ".join(said[at:]) if at is not None else " ".join(said)
     shown = message[:200] or outcome.stdout.strip()[:120]
     if outcome.seconds > HANG:
@@ -943,7 +1088,7 @@ def run_case(case: Case) -> tuple[str, str, float]:
 
 
 def build() -> None:
-    for make in (config_cases, generation_config_cases, tokenizer_cases, option_cases, text_cases, training_cases, adapter_cases, weight_cases, api_cases, place_cases):
+    for make in (later_cases, config_cases, generation_config_cases, tokenizer_cases, option_cases, text_cases, training_cases, adapter_cases, weight_cases, api_cases, place_cases):
         make()
 
 

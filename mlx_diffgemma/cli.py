@@ -4,7 +4,6 @@ Exit status: 0 done · 1 failed · 2 wrong usage · 130 interrupted · 143 termi
 """
 
 import io
-import json
 import math
 import os
 import signal
@@ -22,6 +21,8 @@ from ._version import __version__
 from .disk import reason
 from .errors import ConfigError, DiffGemmaError
 from .files.shipped import BUILT_IN
+from .readers import parse_json
+from .values import shown
 
 if TYPE_CHECKING:
     from .pipeline.model import DiffusionGemma
@@ -296,9 +297,9 @@ class _JsonObject(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            found = json.loads(value)
-        except ValueError as error:
-            self.fail(f"{value!r} is not JSON: {error}.", param, ctx)
+            found = parse_json(value, shown(value), fault=ConfigError)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
         if not isinstance(found, dict):
             self.fail(f'{value!r} is not a JSON object, as in {{"enable_thinking": true}}.', param, ctx)
         return found

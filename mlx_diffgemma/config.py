@@ -73,7 +73,7 @@ class ModelConfig:
     sliding_window: int
     layers: tuple[LayerConfig, ...]
     canvas_length: int = 256
-    max_position_embeddings: int = 262_144
+    max_position_embeddings: int = 131_072
     rms_norm_eps: float = 1e-6
     final_logit_softcapping: float = 30.0
     bos_token_id: int = 2
@@ -255,17 +255,19 @@ _DEFAULT_ROPE: dict[str, dict[str, Any]] = {
 def _rope(text: dict[str, Any], kind: str) -> tuple[float, float]:
     """Base of the frequencies, and the share of a head that is rotated, for one kind of layer.
 
-    `rope_parameters` has one table for each kind, or is itself the table of both (RotaryEmbeddingConfigMixin.
-    standardize_rope_params); only where it is null do the class's own values hold, as in transformers.
+    `rope_parameters` has one table for each kind of layer that there is; transformers, too, refuses one table for all
+    (DiffusionGemmaTextRotaryEmbedding). Only where it is null do the class's own values hold.
     """
     given, where = text["rope_parameters"], "text_config.rope_parameters"
     if given is None:
         given = _DEFAULT_ROPE
-    if given.keys() & {SLIDING, FULL}:
-        if given.get(kind) is None:
-            raise ConfigError(f"{WHERE}: {where} says nothing of {kind}, which this model's layers have.")
-        given, where = given[kind], f"{where}.{kind}"
-    rope = ROPE.kind.read(given, WHERE, where)
+    if given.get(kind) is None:
+        raise ConfigError(
+            f"{WHERE}: {where} says nothing of {kind}, which this model has;"
+            f' expected {{"{kind}": {{"rope_theta": …}}}}.'
+        )
+    where = f"{where}.{kind}"
+    rope = ROPE.kind.read(given[kind], WHERE, where)
     form, share = rope["rope_type"] or rope["type"] or "default", rope["partial_rotary_factor"]
     if form == "default" and share != 1:
         raise ConfigError(

@@ -154,7 +154,7 @@ class Job:
         from .packing.conversion import plan_conversion
         from .packing.plan import plan
 
-        folder = hub.resolve(self.hf_path, self.revision, weights=False)
+        folder = hub.resolve(self.hf_path, self.revision, weights=False, option="--hf-path")
         if self.local:
             source = checkpoint.open_checkpoint(folder, ignore_keys=self.ignore_key)
             print_plan(source.config, self.recipe, plan_conversion(source, self.recipe).planned)
@@ -170,7 +170,7 @@ class Job:
         if self.upload_repo:
             hub.check_upload(self.upload_repo)
         target = new_folder(self.mlx_path, "--mlx-path")
-        folder = hub.resolve(self.hf_path, self.revision)
+        folder = hub.resolve(self.hf_path, self.revision, option="--hf-path")
         source = checkpoint.open_checkpoint(folder, ignore_keys=self.ignore_key)
         conversion = plan_conversion(source, self.recipe, repo=None if self.local else self.hf_path)
         if not (self.verifying and not self.force and (target / "config.json").is_file()):

@@ -169,9 +169,11 @@ def replacing(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any
         if target.exists():
             shutil.copymode(target, beside)
         os.replace(beside, target)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, beside, str(beside)):
+            error.filename = str(path)  # a write that fails names no file, and the one beside is nobody's
         raise
 
 

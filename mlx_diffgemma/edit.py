@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .cli import Option, command, generation_options, model_options, open_model, run_options
-from .disk import new_file, replacing
+from .disk import existing_file, new_file, replacing
 from .obeying import read_text
 
 if TYPE_CHECKING:
@@ -19,10 +19,10 @@ class Lines(click.ParamType):
     name = "lines"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        first, _, last = str(value).partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal():
+        first, dash, last = str(value).partition("-")
+        if not first.isdecimal() or not (last if dash else first).isdecimal():
             self.fail(f"{value!r} names no lines: expected 10-14, or 10.", param, ctx)
-        return int(first), int(last or first)
+        return int(first), int(last if dash else first)
 
 
 @command("edit")
@@ -61,7 +61,7 @@ def main(file: str, lines: tuple[int, int], prompt: str, start: Any, write: bool
     for change in changes:
         click.echo(change if change.endswith("\n") else change + "\n\\ No newline at end of file\n", nl=False)
     if write and new != old:
-        with replacing(file) as stream:
+        with replacing(existing_file(file, "FILE")) as stream:
             stream.write(new.encode())
 
 

@@ -2,12 +2,12 @@
 
 import json
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .cli import Option, command, generation_options, model_options, open_model, run_options
+from .disk import new_file, replacing, user_path
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ def main(
     options: dict[str, Any],
 ) -> None:
     """Run tasks of lm-eval: texts by the chosen decoding, log-likelihoods by the causal pass."""
-    if not Path(output_dir).is_dir():
-        raise ConfigError(f"--output-dir {output_dir}: there is no such folder.")
+    file = new_file(user_path(output_dir, "--output-dir") / "evaluation.json", "--output-dir")
     loaded = open_model(source)
     found = evaluate(
         loaded,
@@ -68,8 +67,8 @@ def main(
         chat=apply_chat_template,
         options=run_options(loaded, options),
     )
-    file = Path(output_dir) / "evaluation.json"
-    file.write_text(json.dumps(found, indent=1, default=str, ensure_ascii=False) + "\n")
+    with replacing(file, "w") as stream:
+        stream.write(json.dumps(found, indent=1, default=str, ensure_ascii=False) + "\n")
     for task, metrics in found["results"].items():
         for name, value in metrics.items():
             if isinstance(value, int | float):
@@ -98,9 +97,12 @@ def evaluate(
         raise ConfigError("evaluate needs lm-eval: pip install 'mlx-diffgemma[eval]'.") from None
     options = dict(options)
     harness = Harness(model, batch_size=batch_size, seed=options.pop("seed", 0), options=options)  # pyright: ignore[reportArgumentType]
-    folder = Path(tasks) if Path(tasks).is_dir() else None
+    path = user_path(tasks, "--tasks")
+    folder = path if path.is_dir() else None
     manager = task_manager(include_path=str(folder) if folder else None, include_defaults=folder is None)
     names = sorted(manager.all_tasks) if folder else tasks.split(",")
+    if not names:
+        raise ConfigError(f"--tasks {tasks} is a folder without task files, which are YAML.")
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise ConfigError(f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them.")
     try:

@@ -24,7 +24,7 @@ def main(model: str | None, adapter: str, save_path: str, force: bool) -> None:
     from .files.hub import resolve
     from .files.weights import load_network, write_model
 
-    folder = resolve(model or BUILT_IN)
+    folder = resolve(BUILT_IN if model is None else model)
     if target.exists() and target.samefile(folder):
         raise ConfigError(f"--save-path {target} is the model itself: choose another folder.")
     network = load_network(folder, lazy=True)

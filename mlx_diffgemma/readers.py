@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from .disk import reason
 from .errors import CheckpointError, ConfigError
-from .values import Fault, half_character, shown
+from .values import Fault, dotted, half_character, shown
 
 MAX_BYTES = 64_000_000  # of a file; the released tokenizer.json has 32 million
 MAX_DEPTH = 64  # of lists and objects in one another; the released config has 4
@@ -63,19 +63,9 @@ def parse_json(raw: bytes | str, where: str, *, fault: Fault = CheckpointError) 
             refuse(f"has the key {shown(twice)} twice in one object; which of the two is meant?")
         return values
 
-    def finite(digits: str) -> float:
-        if not math.isfinite(value := float(digits)):
-            refuse(f"holds {digits[:30]}, a number too large to be kept")
-        return value
-
     source = decoded(raw, where, fault=fault) if isinstance(raw, bytes) else raw
     try:
-        value = json.loads(
-            source,
-            object_pairs_hook=unique,
-            parse_float=finite,
-            parse_constant=lambda name: refuse(f"holds {name}, which is not JSON"),
-        )
+        value = json.loads(source, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         refuse(f"is not JSON: {error.msg} in line {error.lineno}, column {error.colno}")
     except RecursionError:
@@ -95,24 +85,42 @@ def check_tree(value: Any, where: str, *, fault: Fault = ConfigError, finite: bo
         below: list[Any] = []
         for node in level:
             if isinstance(node, str):
-                _check_text(node, where, fault)
+                _check_text(node, where, value, fault)
             elif isinstance(node, dict):
                 for key in node:
                     if isinstance(key, str):
-                        _check_text(key, where, fault)
+                        _check_text(key, where, value, fault)
                 below += node.values()
             elif isinstance(node, list | tuple):
                 below += node
             elif finite and isinstance(node, float) and not math.isfinite(node):
-                raise fault(f"{where} holds {node}, expected finite numbers.")
+                raise fault(f"{_placed(where, value, node)} is {node}, expected a finite number.")
         level, depth = below, depth + 1
 
 
-def _check_text(value: str, where: str, fault: Fault) -> None:
-    if (place := half_character(value)) is not None:
+def _check_text(text: str, where: str, tree: Any, fault: Fault) -> None:
+    if (place := half_character(text)) is not None:
         raise fault(
-            f"{where} holds half a character (U+{ord(value[place]):04X}) in {shown(value[max(place - 20, 0) :])}."
+            f"{_placed(where, tree, text)} holds half a character (U+{ord(text[place]):04X}) in"
+            f" {shown(text[max(place - 20, 0) :])}."
         )
+
+
+def _placed(where: str, tree: Any, node: Any) -> str:
+    """`where`, with the keys that lead to a node of the tree: looked for only when there is something to say of it."""
+
+    def keys(tree: Any) -> str | None:
+        if tree is node:
+            return ""
+        entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+        for key, entry in entries:
+            if (below := keys(entry)) is not None:
+                own = f"[{key}]" if isinstance(key, int) else dotted(key)
+                return own + (f".{below}" if below[:1] not in ("", "[") else below)
+        return None
+
+    found = keys(tree)
+    return f"{where}{': ' if found and found[0] != '[' else ''}{found or ''}"
 
 
 def read_toml(file: Path, *, fault: Fault = ConfigError) -> dict[str, Any]:

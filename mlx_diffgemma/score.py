@@ -2,13 +2,15 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .cli import command, model_options, open_model
+from .disk import existing_file
 from .errors import PromptError
+from .readers import decoded, read_bytes
+from .text.gate import check_text
 
 if TYPE_CHECKING:
     from .pipeline.model import DiffusionGemma
@@ -63,14 +65,16 @@ def _show(model: "DiffusionGemma", found: "TextScores") -> None:
 
 
 def _read(file: str) -> str:
-    """Errors: PromptError for a file that cannot be read, or without a text."""
-    try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise PromptError(f"the text {file} cannot be read: {reason}.") from None
+    """Errors: PromptError for a text that cannot be read or is empty, ConfigError for a path that is no file."""
+    if file == "-":
+        if sys.stdin is None:
+            raise PromptError("standard input is closed: there is no text to score.")
+        text, where = check_text(sys.stdin.read(), "standard input"), "standard input"
+    else:
+        path = existing_file(file, "FILE")
+        text, where = decoded(read_bytes(path, fault=PromptError), file, fault=PromptError), file
     if not text:
-        raise PromptError("the text is empty: there is nothing to score.")
+        raise PromptError(f"{where} is empty: there is nothing to score.")
     return text
 
 

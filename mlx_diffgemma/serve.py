@@ -6,6 +6,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,13 +61,10 @@ PATIENCE = 5  # seconds that a stream has for its last words when the server sto
 )
 def main(source: dict[str, Any], host: str, port: int, log_level: str, **wanted: Any) -> None:
     """Serve the model: OpenAI's API under /v1, and a page to watch it at /."""
-    try:
-        from .server.openai import Served
-        from .server.scheduler import Scheduler
-    except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn"):
-            raise
-        raise DiffGemmaError(f"serve needs {error.name}: pip install 'mlx-diffgemma[server]'.") from None
+    _check_installed()
+    from .server.openai import Served
+    from .server.scheduler import Scheduler
+
     rules = _rules(host, wanted["api_key"], wanted["allowed_origins"])
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     with _listening(host, port) as listener:
@@ -80,6 +78,13 @@ def main(source: dict[str, Any], host: str, port: int, log_level: str, **wanted:
         scheduler.start()
         click.echo(f"http://{host if ':' not in host else f'[{host}]'}:{listener.getsockname()[1]}/", err=True)
         _serve(scheduler, Served(name=_name(source.get("model"))), rules, listener)
+
+
+def _check_installed() -> None:
+    """Errors: DiffGemmaError where the extra is missing."""
+    for name in ("starlette", "uvicorn"):
+        if find_spec(name) is None:
+            raise DiffGemmaError(f"serve needs {name}: pip install 'mlx-diffgemma[server]'.")
 
 
 def _rules(host: str, key: str | None, origins: tuple[str, ...]) -> "Rules":

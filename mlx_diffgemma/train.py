@@ -179,7 +179,7 @@ class Run:
     def _folder(self, resolve: "Callable[[str | Path], Path]") -> Path:
         """Where base, config and tokenizer lie. Errors: ConfigError, CheckpointError."""
         if not self.scratch:
-            return resolve(self.options.get("model") or BUILT_IN)
+            return resolve(self.options.get("model", BUILT_IN))
         folder = user_path(self.scratch, "--from-scratch")
         if not folder.is_dir():
             raise ConfigError(f"--from-scratch {folder}: there is no such folder.")

@@ -43,6 +43,8 @@ def main(model: str | None, show: bool, forget: bool, run: str | None) -> None:
     """Measure how this machine likes the work cut, once: minutes. From then on --model is used that way."""
     if run is not None:
         click.echo(json.dumps(measured(**json.loads(run))))
+    elif show and forget:
+        raise click.UsageError("--show and --forget exclude one another.")
     elif show or forget:
         remembered(model, forget=forget)
     else:
@@ -183,7 +185,7 @@ def tune(name: str | None) -> None:
     from .model.tuning import DEFAULT
     from .terminal.console import console
 
-    pack = hub.resolve(name or BUILT_IN)
+    pack = hub.resolve(BUILT_IN if name is None else name)
     config, stderr = checkpoint.read_config(pack), console(stderr=True)
     if name is None:
         stderr.print("The small built-in model says little about the real one: --model PATH measures that.")

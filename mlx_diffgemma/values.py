@@ -31,7 +31,8 @@ class Unfit(Exception):
     def sentence(self, where: str) -> str:
         if self.unknown:
             return f"{where} has the unknown key {self.key} = {shown(self.got)}.{self.expected}"
-        return f"{where}{': ' if self.key else ''}{self.key} is {shown(self.got)}, expected {self.expected}."
+        between = "" if not self.key or self.key.startswith("[") else ": "
+        return f"{where}{between}{self.key} is {shown(self.got)}, expected {self.expected}."
 
 
 @dataclass(frozen=True)
@@ -181,12 +182,12 @@ def mapping(kind: Kind, keys: Kind | None = None) -> Kind:
     def take(value: Any) -> dict[Any, Any]:
         if not isinstance(value, dict):
             raise Unfit("an object", value)
-        return {_inside(keys, key, f"the key {shown(key)}"): _inside(kind, v, _dotted(key)) for key, v in value.items()}
+        return {_inside(keys, key, f"the key {shown(key)}"): _inside(kind, v, dotted(key)) for key, v in value.items()}
 
     return Kind("an object", take)
 
 
-def _dotted(key: Any) -> str:
+def dotted(key: Any) -> str:
     """A key as it stands in a path; a downloaded file decides what it is."""
     return key if isinstance(key, str) and key.isprintable() and len(key) <= 80 else shown(key)
 
@@ -250,7 +251,7 @@ class Table:
             raise Unfit("an object", values)
         if not self.open and (unknown := [key for key in values if key not in self.names]):
             name = unknown[0]
-            raise Unfit(nearest(str(name), self.names), values[name], _dotted(name), unknown=True)
+            raise Unfit(nearest(str(name), self.names), values[name], dotted(name), unknown=True)
         read = {}
         for f in self.fields:
             if values.get(f.name) is None:

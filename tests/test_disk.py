@@ -165,3 +165,14 @@ def test_an_unknown_reason_is_the_systems_own() -> None:
     assert disk.reason(OSError(errno.EBUSY, "Device busy")) == "device busy"
     assert disk.reason(OSError("odd")) == "odd"
     assert disk.reason(OSError()) == "oserror"
+
+
+def test_a_write_that_fails_names_the_file_that_was_meant(tmp_path: Path) -> None:
+    """The system names none, or the one beside it."""
+    for name in (None, "beside"):
+        with pytest.raises(OSError, match="No space left") as caught, disk.replacing(tmp_path / "bench.json") as stream:
+            raise OSError(errno.ENOSPC, "No space left", stream.name if name else None)
+        assert caught.value.filename == str(tmp_path / "bench.json")
+    with pytest.raises(OSError, match="gone") as caught, disk.replacing(tmp_path / "x"):
+        raise FileNotFoundError(errno.ENOENT, "gone", "another")
+    assert caught.value.filename == "another" and not list(tmp_path.iterdir())

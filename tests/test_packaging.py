@@ -35,7 +35,7 @@ def installed(wheel: Path) -> Path:
 def test_the_wheel_holds_what_the_commands_need(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     wanted = ["py.typed", "demo/config.json", "demo/tokenizer.model", "_convert/diffusiongemma-26b-a4b.toml"]
-    wanted += ["_convert/recipes/q4.toml"]
+    wanted += ["_convert/recipes/q4.toml", *(f"server/page/{name}" for name in ("index.html", "page.css", "page.js"))]
     missing = [name for name in wanted if f"mlx_diffgemma/{name}" not in names]
     assert not missing
     assert any(name.startswith("mlx_diffgemma/_reference/") for name in names)

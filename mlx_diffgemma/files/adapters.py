@@ -116,7 +116,12 @@ def load(network: Network, folder: Path) -> None:
 
     Errors: CheckpointError when the folder is no adapter, or one of another model: every tensor must fit exactly.
     """
-    lora = read_config(folder)
+    lora, layers = read_config(folder)
+    own = len(network.decoder.layers)
+    if layers not in (None, -1, own):
+        raise CheckpointError(
+            f"{folder / CONFIG}: num_layers is {layers}, expected {own}: adapters of some layers alone are not read."
+        )
     read_header(folder / WEIGHTS)  # a damaged file is refused in words
     attach(network, lora)
     found: Any = mx.load(str(folder / WEIGHTS))
@@ -151,13 +156,14 @@ _CONFIG = Table(
 )
 
 
-def read_config(folder: Path) -> Lora:
-    """The adapter's rank, scale and targets. Errors: CheckpointError."""
+def read_config(folder: Path) -> tuple[Lora, int | None]:
+    """The adapter's rank, scale and targets, and of how many layers it says it is. Errors: CheckpointError."""
     values = read_json(folder / CONFIG)
     if "peft_type" in values:
         raise CheckpointError(f"{folder / CONFIG} is PEFT's, expected the folder that mlx_diffgemma.train wrote.")
-    values = _CONFIG.read(values, str(folder / CONFIG), fault=CheckpointError)["lora_parameters"]
-    return Lora(rank=values["rank"], scale=float(values["scale"]), keys=values["keys"])
+    whole = _CONFIG.read(values, str(folder / CONFIG), fault=CheckpointError)
+    values = whole["lora_parameters"]
+    return Lora(rank=values["rank"], scale=float(values["scale"]), keys=values["keys"]), whole["num_layers"]
 
 
 def fuse(network: Network) -> None:

@@ -109,7 +109,8 @@ def _sort(found: dict[str, Tensor]) -> _Sorted:
     unknown += [tensor.name for tensor, target in sorted_.tied if target not in sorted_.kept]
     if unknown:
         raise CheckpointError(
-            f"no rule in convert/diffusiongemma-26b-a4b.toml mentions {count(unknown)}: {families(unknown)}.\n"
+            f"{found[unknown[0]].file}: no rule in convert/diffusiongemma-26b-a4b.toml mentions {count(unknown)}:"
+            f" {families(unknown)}.\n"
             "This is another model, or a newer one than this version knows."
         )
     if halves := [name for name, found_ in sorted_.joined.items() if len(found_) != 2 or name in sorted_.kept]:
@@ -234,9 +235,17 @@ def read_generation_config(folder: Path, config: ModelConfig | None = None) -> G
     return settings.replace(stop_ids=tuple(i for i in settings.stop_ids if i < config.vocab_size))
 
 
-def unused_settings(folder: Path) -> list[str]:
-    """What generation_config.json says that does nothing here, in a sentence each."""
-    return unused_keys(_generation(folder))
+def unused_settings(folder: Path, config: ModelConfig) -> list[str]:
+    """What generation_config.json says that does nothing here, and stop ids that no token has, in a sentence each."""
+    said, values = unused_keys(_generation(folder)), read_json(folder / "config.json")
+    for file, ids in (
+        ("config.json", values.get("eos_token_id", values["text_config"].get("eos_token_id"))),
+        ("generation_config.json", _generation(folder).get("eos_token_id")),
+    ):
+        for i in ids if isinstance(ids, list) else [ids]:
+            if i is not None and i >= config.vocab_size:
+                said.append(f"{file}: eos_token_id has {i}, and the vocabulary ends at {config.vocab_size - 1}.")
+    return said
 
 
 def _generation(folder: Path) -> dict[str, Any]:

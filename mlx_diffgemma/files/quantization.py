@@ -39,7 +39,8 @@ class Quantization:
         block = _BLOCK.read(values, where)
         mode = block["mode"]
         group_size, bits = MODE_DEFAULTS[mode]
-        made = cls(bits=block["bits"] or bits, group_size=block["group_size"] or group_size, mode=mode)
+        given = {name: block[name] for name in ("bits", "group_size") if block[name] is not None}
+        made = cls(**{"bits": bits, "group_size": group_size, **given}, mode=mode)
         if mode != "affine" and (made.group_size, made.bits) != (group_size, bits):
             raise ConfigError(
                 f"{where}: {mode} is always {bits} bits in groups of {group_size};"

@@ -16,10 +16,23 @@ from typing import Any, get_args
 import mlx.core as mx
 
 from .._version import __version__
-from ..disk import replacing, visible
+from ..disk import replacing, user_path, visible
+from ..errors import DiffGemmaError
 from ..model.tuning import Trunk, Tuning
+from ..readers import read_json
+from ..values import Field, Table, flag, integer, mapping, one_of, optional, text
 
 FIELDS = ("trunk", "tile", "scores", "wired", "operations")  # what is chosen, in this order
+
+_COUNT = integer(least=1, most=1 << 40)
+_TUNING = Table(
+    Field("trunk", one_of(*get_args(Trunk))),
+    Field("tile", optional(_COUNT), None),
+    Field("scores", _COUNT),
+    Field("wired", flag),
+    Field("operations", optional(_COUNT), None),
+)
+KEPT = Table(Field("pack", text()), Field("measured_with", mapping(text())), Field("tuning", _TUNING.kind), open=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +46,7 @@ class Found:
 def folder() -> Path:
     """MLX_DIFFGEMMA_CACHE, or this package's place in the user's cache folder."""
     if own := os.environ.get("MLX_DIFFGEMMA_CACHE"):
-        return Path(own)
+        return user_path(own, "MLX_DIFFGEMMA_CACHE")
     if platform.system() == "Darwin":
         return Path.home() / "Library" / "Caches" / "mlx_diffgemma"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_diffgemma"
@@ -62,20 +75,20 @@ def remembered(pack: Path) -> Found:
     """The choice for this pack here; none, without a word, where nothing was chosen."""
     try:
         file = file_of(pack)
-        text = file.read_text()
     except (OSError, RuntimeError, UnicodeDecodeError):
         return Found()
+    if not file.is_file():
+        return Found()
     try:
-        kept = json.loads(text)
-        then, tuning = kept["measured_with"], read(kept["tuning"])
-    except (ValueError, KeyError, TypeError):
+        kept = KEPT.read(read_json(file), str(file))
+    except DiffGemmaError:
         return Found(notices=(f"{file} is not a choice of mlx_diffgemma.tune and is left alone.",))
-    here = circumstances()
+    then, here = kept["measured_with"], circumstances()
     changed = [f"{name} {then.get(name)}, now {here[name]}" for name in here if then.get(name) != here[name]]
     if changed:
         then = "; ".join(changed)
         return Found(notices=(f"the tuning was measured with {then} and is left alone: run mlx_diffgemma.tune again.",))
-    return Found(tuning=tuning)
+    return Found(tuning=Tuning(**kept["tuning"]))
 
 
 def remember(pack: Path, name: str, tuning: Tuning, seconds: dict[str, Any]) -> Path:
@@ -94,22 +107,7 @@ def everything() -> list[tuple[Path, dict[str, Any] | None]]:
     found = []
     for file in sorted(folder().glob("tuning-*.json")) if folder().is_dir() else ():
         kept: dict[str, Any] | None = None
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            read_text: Any = json.loads(file.read_text())
-            read(read_text["tuning"])
-            kept = read_text
+        with suppress(DiffGemmaError):
+            kept = KEPT.read(read_json(file), str(file))
         found.append((file, kept))
     return found
-
-
-def read(values: dict[str, Any]) -> Tuning:
-    """The tuning that these values of FIELDS make. Errors: ValueError, TypeError."""
-    if set(values) != set(FIELDS):
-        raise ValueError("other fields")
-    for field in ("tile", "operations", "scores"):
-        value = values[field]
-        if not (value is None and field != "scores") and (type(value) is not int or not 1 <= value < 1 << 40):
-            raise ValueError(field)
-    if values["trunk"] not in get_args(Trunk) or type(values["wired"]) is not bool:
-        raise ValueError("trunk, wired")
-    return Tuning(**values)

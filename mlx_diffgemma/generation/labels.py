@@ -1,4 +1,4 @@
-"""How probable it is that an answer is one of a few runs of ids, in one pass over a canvas of their length."""
+"""How probable it is that an answer is one of a few runs of ids, in one pass over a canvas."""
 
 from collections.abc import Sequence
 

@@ -7,7 +7,8 @@ time for the answer to fit.
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from time import perf_counter
@@ -21,6 +22,7 @@ from ..generation.constraint.automaton import Constraint
 from ..generation.events import CanvasRow
 from ..generation.settings import GenerationConfig
 from ..text.channels import CHANNEL, END_CHANNEL
+from ..text.gate import check_text
 from ..text.language import regex as patterns
 from ..text.language import schema as schemas
 from ..text.language import texts, values
@@ -97,14 +99,27 @@ class Asked:
         if isinstance(self.constraint, Language):
             return self.constraint
         if self.json_schema is not None:
-            return json_language(self.json_schema)
+            with _of("JSON schema"):
+                return json_language(self.json_schema)
         if self.regex is not None:
-            return regex_language(self.regex)
+            if not check_text(self.regex, "regex", fault=ConfigError):
+                raise ConfigError("regex is empty, and so would every answer be.")
+            with _of("regex"):
+                return regex_language(self.regex)
         if self.choices is not None:
             return texts.choices(self.choices)
         if self.tool_choice in (None, "auto", "none"):
             return None
         return values.tool_call(_chosen(self.tools or (), self.tool_choice))
+
+
+@contextmanager
+def _of(what: str) -> Iterator[None]:
+    """Errors about a language that do not say what it is of do so now."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error if what.split()[-1] in str(error) else ConfigError(f"the {what}: {error}") from None
 
 
 def _chosen(tools: Sequence[Mapping[str, Any]], name: str | None) -> list[Mapping[str, Any]]:

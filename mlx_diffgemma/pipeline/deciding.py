@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config import nearest
 from ..errors import ConfigError, PromptError
 from ..generation import engine, labels
 from ..generation.noise import SeededNoise
 from ..model.memory import weight_bytes
+from ..text.gate import check_text
+from ..values import flag, integer, nearest
 from .fitting import check_memory
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 TYPES = ("choice", "bool", "score")
 TEMPLATE = "{state}\n\n{question}\n{labels}"
 CONTENT_FREE = "N/A"  # stands for the state when the bias is asked for
-ROWS = 32  # prompts encoded at once
+ROWS, POSITIONS = 32, 2048  # prompts encoded at once, and positions of their canvases, at most
 SCALE = 101  # numbers on a scale, at most
 KEYS = {"choice": ("choices",), "bool": (), "score": ("scale",)}
 
@@ -136,7 +137,11 @@ def decide(
     seed: int = 0,
 ) -> list[Decision]:
     """As DiffusionGemma.decide."""
-    if not state.strip():
+    for name, flag_ in (("orders", orders), ("calibrate", calibrate)):
+        flag.read(flag_, name)
+    integer().read(seed, "seed")
+    check_text(template, "template")
+    if not check_text(state, "the state").strip():
         raise PromptError("the state is empty: there is nothing to decide about.")
     asked = questions_of(questions)
     rows = [
@@ -146,7 +151,8 @@ def decide(
         for order in (question.orders() if orders else question.orders()[:1])
     ]
     run = _Run(model, template, canvas_length, seed)
-    logs = [part for first in range(0, len(rows), ROWS) for part in run(rows[first : first + ROWS])]
+    some = min(ROWS, max(1, POSITIONS // run.length))
+    logs = [part for first in range(0, len(rows), some) for part in run(rows[first : first + some])]
     plain = len(rows) // (1 + calibrate)
     decisions = []
     for question in asked:
@@ -169,8 +175,9 @@ class _Run:
     """What the rows of one call have in common."""
 
     def __init__(self, model: "DiffusionGemma", template: str, canvas_length: int | None, seed: int):
-        self.model, self.template, self.length, self.seed = model, template, canvas_length, seed
-        self.settings = model.generation_config.replace(canvas_length=canvas_length)
+        self.model, self.template, self.seed = model, template, seed
+        self.settings = model.generation_config
+        self.length = canvas_length or self.settings.canvas_length or model.config.canvas_length
 
     def __call__(self, rows: Sequence[_Row]) -> list[np.ndarray]:
         """Per row the log-probability of each label."""
@@ -178,12 +185,9 @@ class _Run:
         prompts = [model.ids(self._prompt(row)) for row in rows]
         ids = [[model.compiler.spell(label) for label in row.question.labels] for row in rows]
         needed = max(len(label) for some in ids for label in some) + 1
-        length = self.length or needed
-        if length < needed or length > model.config.canvas_length:
-            raise ConfigError(
-                f"the longest label takes {needed} tokens with its end; the canvas has"
-                f" {min(length, model.config.canvas_length)}."
-            )
+        length = self.length
+        if length < needed:
+            raise ConfigError(f"the longest label takes {needed} tokens with its end; the canvas has {length}.")
         engine.count_canvases(model.network, prompts, self.settings, length)
         prefix = max(map(len, prompts))
         check_memory(model.config, weight_bytes(model.network), model.memory_limit, prefix, rows=len(rows))

@@ -74,7 +74,7 @@ def load(
         stop_ids = tuple(dict.fromkeys((*generation_config.stop_ids, *own)))
         generation_config = generation_config.replace(stop_ids=stop_ids)
     mx.set_cache_limit(CACHE_LIMIT)
-    notices = (*opened.notices, *checkpoint.unused_settings(folder), *found.notices, *_slow(network))
+    notices = (*opened.notices, *checkpoint.unused_settings(folder, config), *found.notices, *_slow(network))
     model = DiffusionGemma(network, tokenizer, generation_config, folder=folder, memory_limit=limit, notices=notices)
     if network.tuning.wired:
         wiring.wire(model, memory_needed(config, weight_bytes(network), ROOMY_PREFIX))

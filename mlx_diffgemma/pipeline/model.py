@@ -260,6 +260,11 @@ class DiffusionGemma:
         **options: Unpack[GenerationOptions],
     ) -> "Request":
         """Check everything that `fill` would, and run nothing yet."""
+        for name, given in (("text", text), ("mark", mark), ("prefix", prefix), ("suffix", suffix)):
+            if given is not None:
+                check_text(given, name)
+        if not isinstance(holes, list | tuple) or not all(isinstance(hole, Hole) for hole in holes):
+            raise ConfigError(f"holes is {shown(holes)}, expected a list of mlx_diffgemma.Hole.")
         task = filling.of_text(text, mark, holes) if prefix is suffix is None and text is not None else None
         if task is None:
             if text is not None or holes or (prefix is None and suffix is None):
@@ -296,7 +301,10 @@ class DiffusionGemma:
         **options: Unpack[GenerationOptions],
     ) -> "Request":
         """Check everything that `edit` would, and run nothing yet."""
-        task = filling.of_lines(text, lines, instruction, self._canvas(options), self._count)
+        check_text(text, "text")
+        check_text(instruction, "instruction")
+        first_and_last = many(integer(), least=2, most=2).read(lines, "lines")
+        task = filling.of_lines(text, first_and_last, instruction, self._canvas(options), self._count)
         request = self._filled(task, task.prompt, Randomness(seed=seed), options)
         if start not in get_args(Start):
             raise ConfigError(f"start is {start!r}, expected {' or '.join(map(repr, get_args(Start)))}.")
@@ -320,8 +328,8 @@ class DiffusionGemma:
         Questions are a list, or an object by name, of {"type": "choice", "question": …, "choices": […]},
         {"type": "bool", "question": …} or {"type": "score", "question": …, "scale": [1, 5]}. All cyclic `orders` of the
         labels are asked as one batch and averaged. `calibrate` divides by what the labels get when the state says
-        nothing. `template` words the prompt from {state}, {question} and {labels}; the canvas is as long as the longest
-        label, or `canvas_length`.
+        nothing. `template` words the prompt from {state}, {question} and {labels}. A `canvas_length` shorter than the
+        model's is quicker and less right.
         Errors: ConfigError, PromptError, TokenizerError, MemoryLimitError, BusyError.
         """
         return deciding.decide(
@@ -352,7 +360,8 @@ class DiffusionGemma:
         return Request(self, [self.ids(prompt)], chosen, randomness, asked, task.draft)
 
     def _canvas(self, options: GenerationOptions) -> int:
-        return options.get("canvas_length") or self.generation_config.canvas_length or self.config.canvas_length
+        """Positions of this run's canvas. Errors: ConfigError for any option of the wrong kind."""
+        return self.generation_config.replace(**options).canvas_length or self.config.canvas_length
 
     def _count(self, text: str) -> int:
         """Tokens of a text."""
@@ -370,11 +379,13 @@ class DiffusionGemma:
         token is scored once, in the first window that reaches it.
         Errors: PromptError for a text without a second token, ids out of range, or one too long without `stride`.
         """
+        optional(integer(least=1)).read(stride, "stride")
         if answer is None:
             if not isinstance(text, str) and not _is_ids(text):
                 raise PromptError("to score an answer, give messages and `answer`; without it, text or ids.")
             return self.score_from(self.text_ids(text) if isinstance(text, str) else self.ids(text), 1, stride=stride)
         asked = self.ids(text)
+        check_text(answer, "answer")
         return self.score_from([*asked, *self._answer_ids(answer)], len(asked), stride=stride)
 
     def text_ids(self, text: str) -> list[int]:

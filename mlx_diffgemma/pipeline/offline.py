@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..disk import lock, replacing
-from ..errors import ConfigError, MemoryLimitError, PromptError, TokenizerError
+from ..errors import ConfigError, DiffGemmaError, MemoryLimitError, PromptError, TokenizerError
 from ..generation import engine
 from ..readers import decoded, parse_json, read_bytes
+from ..values import Field, Table, anything, either, integer, many, mapping
 from .model import DiffusionGemma, Prompt, Request
 from .results import Result, result_json
 
@@ -229,6 +230,10 @@ def _reply(line: Line, result: Result) -> tuple[int, dict[str, Any]]:
 # -------------------------------------------------------------------------------------------------------- the journal
 
 
+HEAD = Table(Field("about", mapping(anything)), Field("seed", integer()))
+RECORD = Table(Field("lines", many(many(either(integer(), mapping(anything)), least=2, most=2))))
+
+
 class Journal:
     """What is done, on disk. `done` holds the numbers of the lines, `seed` is the first line's.
 
@@ -295,21 +300,25 @@ class Journal:
         if len(whole) < len(text):
             self.file.truncate(len(whole))
         try:
-            return [json.loads(line) for line in whole.splitlines()]
-        except ValueError:
+            records = [
+                parse_json(line, f"{self.path}:{number}") for number, line in enumerate(whole.split(b"\n")[:-1], 1)
+            ]
+            return [(RECORD if number else HEAD).read(record, "") for number, record in enumerate(records)]
+        except DiffGemmaError:
             raise ConfigError(f"{self.path} is no journal of replies.\nRemove it to begin anew.") from None
 
     def _write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        try:
+            self.file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            error.filename = str(self.path)  # a write that fails names no file
+            raise
 
     def _check(self, head: dict[str, Any], about: dict[str, Any], seed: int | None) -> int:
         """The seed it was begun with. Errors: ConfigError when something else has changed since."""
-        before = head.get("about")
-        if not isinstance(before, dict):
-            raise ConfigError(f"{self.path} is no journal of replies.\nRemove it to begin anew.")
-        now = json.loads(json.dumps(about))
+        before, now = head["about"], json.loads(json.dumps(about))
         if seed is not None and seed != head["seed"]:
             before, now = before | {"seed": head["seed"]}, now | {"seed": seed}
         changed = [key for key in now | before if now.get(key) != before.get(key)]

@@ -1,9 +1,10 @@
 """From an Order to News: what the thread that holds the model does for one order."""
 
 import bisect
+import codecs
 import json
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from ..pipeline.constraints import Asked
 from ..pipeline.drafts import Draft
 from ..pipeline.model import DiffusionGemma, Request
 from ..pipeline.results import Result
+from ..text.channels import QUOTE
 from ..text.tokenizer import Tokenizer
 from .exchange import (
     Accepted,
@@ -34,6 +36,7 @@ from .exchange import (
     Said,
 )
 from .prefixes import Prefixes
+from .typed import typed_call
 
 TURN = 32  # tokens of autoregressive decoding that count as one canvas: nobody waits longer for them
 
@@ -161,7 +164,7 @@ class Answering:
         ids = self.request.prompts[0]
         cache = prefixes.longest(ids) or self.model.network.make_cache()
         self.reused = cache.length
-        return cache, [end for end in self._lasting_ends(ids, self.order.of) if cache.length < end < len(ids)]
+        return cache, [end for end in self._lasting_ends(ids, self.order.of) if cache.length < end]
 
     def _lasting_ends(self, ids: list[int], of: Conversation) -> list[int]:
         """How many ids other conversations with this system prompt and these tools share, and how many this
@@ -227,9 +230,10 @@ class Answering:
                 yield Said(row=row, block=0, text=self.rows[row].fill(result.holes[0]), thinking="")
 
     def _ended(self) -> Ended:
-        settings, request = self.request.settings, self.request
+        settings, request, of = self.request.settings, self.request, self.order.of
+        tools = (isinstance(of, Conversation) and of.tools) or ()
         return Ended(
-            answers=tuple(row.answer() for row in self.rows),
+            answers=tuple(row.answer(tools) for row in self.rows),
             prompt_tokens=self._prompt_tokens,
             reused_tokens=self.reused,
             departures=settings.departures | request.departures,
@@ -293,9 +297,9 @@ class _Row:
         """The canvas of this row, as it is."""
         end = next((i for i, token in enumerate(best) if token in self.stop_ids), len(best))
         text, channel = self._spoken(best[:end])
-        tokens = tuple(
-            (token, self.tokenizer.decode([token]), round(nats, 4), sure)
-            for token, nats, sure in zip(best, entropy, accepted, strict=True)
+        tokens = closely and tuple(
+            (token, piece, round(nats, 4), sure)
+            for token, piece, nats, sure in zip(best, self._pieces(best), entropy, accepted, strict=True)
         )
         return Drafted(
             row=row,
@@ -308,8 +312,15 @@ class _Row:
             accepted=event.accepted_count[row],
             mean_entropy=event.mean_entropy[row],
             settled=event.settled[row],
-            tokens=tokens if closely else None,
+            end=end,
+            tokens=tokens or None,
         )
+
+    def _pieces(self, ids: list[int]) -> Iterator[str]:
+        """What each id adds to the text. A character of several stands at the last of them; special ids add nothing."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in ids:
+            yield decoder.decode(self.tokenizer.token_bytes[token] or b"")
 
     def _spoken(self, best: list[int]) -> tuple[str, Any]:
         """What these ids add to what is shown, and of which channel it is."""
@@ -338,9 +349,9 @@ class _Row:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled), tuple(spelled)
 
-    def answer(self) -> Answer:
+    def answer(self, tools: Sequence[Mapping[str, Any]]) -> Answer:
         parts = self.tokenizer.split(self.ids, open_channel=self.open_channel)
-        calls = tuple(call for call in parts.tool_calls if call.get("name") is not None)
+        calls = tuple(typed_call(call, tools) for call in parts.tool_calls if call.get("name") is not None)
         reason: Any = "stop" if self.cut.found else self.reason or "stop"
         return Answer(
             text=self.text,
@@ -403,6 +414,7 @@ def _language(pins: Pins) -> Any:
 
 
 def _arguments(call: dict[str, Any]) -> str:
-    """A call that is not finished, for people."""
-    name = call.get("name")
-    return str(call.get("text", "")) if name is None else f"{name}({json.dumps(call['arguments'], ensure_ascii=False)})"
+    """A call that may not be finished, for people."""
+    if call.get("name") is None:
+        return str(call.get("text", "")).replace(QUOTE, '"')
+    return f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})"

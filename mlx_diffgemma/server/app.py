@@ -31,7 +31,7 @@ FOLDER = Path(__file__).parent / "page"
 PAGE = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 SAFE = {
-    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; base-uri 'none'; form-action 'none';"
+    "content-security-policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none';"
     " frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -74,6 +74,9 @@ def app(scheduler: Scheduler, served: Served, rules: Rules | None = None) -> ASG
             return JSONResponse(openai.fault(404, message, param="model", code="model_not_found"), status_code=404)
         return JSONResponse(openai.model(served))
 
+    async def described(_: Request) -> Response:
+        return Response((FOLDER.parent / "openapi.json").read_bytes(), media_type="application/json")
+
     def endpoint(path: str, read: Read, fault: Fault) -> Route:
         return Route(path, Endpoint(scheduler, served, read, fault), methods=["POST"])
 
@@ -83,6 +86,7 @@ def app(scheduler: Scheduler, served: Served, rules: Rules | None = None) -> ASG
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
         Route("/health", health),
+        Route("/openapi.json", described),
         *(Route(path, _file(name)) for path, name in PAGE.items() if (FOLDER / name).is_file()),
     ]
     inside = Starlette(routes=routes, exception_handlers={HTTPException: _unknown, Exception: _broken})

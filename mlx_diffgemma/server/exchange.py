@@ -101,7 +101,8 @@ class Drafted:
     accepted: int  # positions
     mean_entropy: float  # nats
     settled: bool
-    tokens: tuple[tuple[int, str, float, bool], ...] | None = None  # id, piece, entropy in nats, accepted
+    end: int  # positions before the first stop id
+    tokens: tuple[tuple[int, str, float, bool], ...] | None = None  # id, what it adds to the text, nats, accepted
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -429,6 +429,7 @@ class Chat(_Translation):
             "mean_entropy": news.mean_entropy,
             "settled": news.settled,
             "channel": news.channel,
+            "end": news.end,
         }
         if news.tokens is not None:
             told["tokens"] = news.tokens

@@ -46,7 +46,8 @@ class Markers:
         )
 
     def spans(self, ids: Sequence[int], *, open_channel: bool) -> list[tuple[str, list[int]]]:
-        """Cut ids at the markers: (OPEN, CHANNEL, TOOL_CALL or "", the ids between)."""
+        """Cut ids at the markers: (OPEN, CHANNEL, TOOL_CALL or "", the ids between). A call inside a thought does not
+        end it; another marker ends a call that was not closed."""
         kinds = {self.channel: CHANNEL, self.tool_call: TOOL_CALL}
         closing = {self.end_channel, self.end_tool_call} - {None}
         spans: list[tuple[str, list[int]]] = [(OPEN if open_channel else "", [])]
@@ -55,8 +56,10 @@ class Markers:
             token = ids[place]
             if token == self.tool_call and token is not None:
                 end = self._end_of_call(ids, place + 1)
-                spans += [(TOOL_CALL, list(ids[place + 1 : end])), ("", [])]
-                place = end + 1
+                closer = ids[end] if end < len(ids) else None
+                thought = spans[-1][0] in (OPEN, CHANNEL) and closer != self.end_channel
+                spans += [(TOOL_CALL, list(ids[place + 1 : end])), (OPEN if thought else "", [])]
+                place = end + (closer in closing)
                 continue
             if token in kinds:
                 spans.append((kinds[token], []))

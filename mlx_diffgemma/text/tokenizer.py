@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import TokenizerError
 from ..readers import check_tree
+from ..values import anything, mapping
 from . import control, template
 from .channels import CHANNEL, OPEN, TOOL_CALL, Markers, Parts, parse_calls
 from .dialects import FILE, Beside, read_beside, read_fast
@@ -146,6 +147,7 @@ class Tokenizer:
 
     def _options(self, given: dict[str, Any], taken: set[str]) -> dict[str, Any]:
         """Errors: TokenizerError for an option that has a place of its own, or that the template never reads."""
+        mapping(anything).read(given, "template_options", fault=TokenizerError)
         check_tree(given, "template_options", fault=TokenizerError)
         if both := sorted(given.keys() & taken):
             raise TokenizerError(f"the template option {both[0]!r} is given elsewhere already: leave it out here.")

@@ -62,6 +62,12 @@ REFUSED = [
     ("bench --model {model} --output {tmp}/no/bench.json", 1, "there is no folder"),
     ("bench --compare {tmp}/broken.json {tmp}/broken.json", 1, "broken.json is not JSON"),
     ("bench --compare {tmp}/list.json {tmp}/list.json", 1, "list.json holds [1, 2], expected an object"),
+    ("convert --model {model} --q-bits 0", 1, "got 0 bits, group size 64"),
+    ("convert --model {model} --q-group-size 0", 1, "got 4 bits, group size 0"),
+    ("tune --show --forget", 2, "--show and --forget exclude one another"),
+    ("score {tmp}", 1, "FILE {tmp} is a folder, expected a file"),
+    ("score {tmp}/binary.txt", 1, "binary.txt is not UTF-8 text"),
+    ("evaluate --tasks x --output-dir {tmp}/no", 1, "evaluation.json cannot be written: there is no folder"),
     ("generat", 2, "No such command 'generat'"),
     ("--hlep", 2, "No such option '--hlep'. Did you mean '--help'?"),
 ]
@@ -92,6 +98,23 @@ def test_errors_are_one_to_three_lines(line: str, status: int, message: str, mod
     assert result.stderr.startswith("Error: ")
     assert 1 <= len(result.stderr.strip().splitlines()) <= 3
     assert "Traceback" not in result.output and not result.stdout
+
+
+@pytest.mark.parametrize("name", "generate chat score decide edit bench tune fuse train evaluate convert".split())
+def test_an_empty_path_is_no_default(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--model ""` is a slip (an unset variable of a shell), not the built-in model."""
+    monkeypatch.chdir(folder)
+    (folder / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    rest = {
+        "generate": ["-p", "hi"],
+        "score": ["list.json"],
+        "decide": ["-p", "x", "--choice", "a", "--choice", "b"],
+        "edit": ["list.json", "--lines", "1", "-p", "x"],
+        "train": ["--data", "."],
+        "evaluate": ["--tasks", "x"],
+    }
+    result = run(name, "--model", "", *rest.get(name, []))
+    assert result.exit_code == 1 and "empty" in result.stderr, result.output
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,11 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
         adapters.load(network(), tmp_path)
     adapters.save(trained(Lora()), Lora(), tmp_path)
     file = tmp_path / "adapter_config.json"
-    file.write_text(file.read_text().replace('"lora"', '"dora"'))
+    written = file.read_text()
+    file.write_text(json.dumps(json.loads(written) | {"num_layers": 1}))
+    with pytest.raises(CheckpointError, match=r"num_layers is 1, expected \d: adapters of some layers alone"):
+        adapters.load(network(), tmp_path)
+    file.write_text(written.replace('"lora"', '"dora"'))
     with pytest.raises(CheckpointError, match="dora"):
         adapters.load(network(), tmp_path)
 

@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_diffgemma.config import RELEASED, ModelConfig
-from mlx_diffgemma.errors import CheckpointError, ConfigError
+from mlx_diffgemma.errors import CheckpointError, ConfigError, DiffGemmaError
 from mlx_diffgemma.files import checkpoint, hub
 from mlx_diffgemma.files.checkpoint import open_checkpoint
 from mlx_diffgemma.files.folder import INDEX
@@ -23,7 +23,8 @@ from mlx_diffgemma.files.quantization import packing
 from mlx_diffgemma.files.shards import SIZES
 from mlx_diffgemma.files.shipped import knowledge
 from mlx_diffgemma.files.weights import load_network
-from tests import synthetic
+from mlx_diffgemma.pipeline.loading import load
+from tests import small, synthetic
 from tests.synthetic import published
 
 KINDS = ("4bit", "8bit", "bf16")
@@ -232,8 +233,50 @@ def test_resolve_explains_the_hubs_refusals(monkeypatch: pytest.MonkeyPatch) -> 
             hub.resolve("gogle/diffusiongemma-26B-A4B-it", "v9")
 
     def unreachable(*args: Any, **kwargs: Any) -> None:
-        raise errors.LocalEntryNotFoundError("no connection")
+        raise errors.LocalEntryNotFoundError("Got: ConnectError: [Errno -2]")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(CheckpointError, match="cannot be fetched from the Hub: no connection"):
+    with pytest.raises(CheckpointError, match="cannot be fetched from the Hub: no connection to the Hub"):
         hub.resolve("google/diffusiongemma-26B-A4B-it")
+
+
+def test_a_failure_of_whichever_http_library_is_in_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """requests' are OSErrors, httpx' are not."""
+
+    class ConnectTimeout(Exception):
+        pass
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ConnectTimeout("[Errno -2] Name or service not known")
+
+    for name in ("snapshot_download", "HfApi.whoami", "HfApi.create_repo"):
+        monkeypatch.setattr(f"huggingface_hub.{name}", fail)
+    for call in (
+        lambda: hub.resolve("google/diffusiongemma-26B-A4B-it"),
+        lambda: hub.check_upload("me/pack"),
+        lambda: hub.upload(tmp_path, "me/pack"),
+        lambda: hub.dataset("me/data"),
+    ):
+        with pytest.raises(DiffGemmaError, match=r": no connection to the Hub\."):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        (
+            "config.json",
+            {"eos_token_id": [1, 10**6]},
+            "config.json: eos_token_id has 1000000, and the vocabulary ends at",
+        ),
+        ("generation_config.json", {"eos_token_id": 999}, "generation_config.json: eos_token_id has 999"),
+        ("generation_config.json", {"t_mim": 0.3}, "Did you mean 't_min'?"),
+    ],
+)
+def test_what_does_nothing_is_said_once(tmp_path: Path, file: str, change: dict[str, Any], said: str) -> None:
+    folder = small.write_checkpoint(tmp_path)
+    values = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(values | change))
+    model = load(folder)
+    assert [note for note in model.notices if said in note] == list(model.notices)
+    assert max(model.generation_config.stop_ids) < model.config.vocab_size

@@ -9,6 +9,7 @@ import pytest
 from mlx_diffgemma.errors import ConfigError, PromptError, TokenizerError
 from mlx_diffgemma.generation.labels import log_probabilities
 from mlx_diffgemma.generation.noise import SeededNoise
+from mlx_diffgemma.pipeline import deciding
 from mlx_diffgemma.pipeline.deciding import Question, questions_of
 from mlx_diffgemma.pipeline.model import DiffusionGemma
 from tests import small
@@ -76,6 +77,17 @@ def test_a_decision_repeats_and_does_not_depend_on_its_company(model: DiffusionG
     assert list(alone.probabilities.values()) == pytest.approx(list(beside.probabilities.values()), abs=1e-4)
 
 
+def test_the_canvas_is_the_models_own(model: DiffusionGemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many at once as have few positions together; however many, the figures are the same."""
+    whole = model.decide("A fast red car", [COLOR, STARS])
+    assert whole == model.decide("A fast red car", [COLOR, STARS], canvas_length=small.CANVAS)
+    short = model.decide("A fast red car", [COLOR, STARS], canvas_length=8)
+    assert short[0].probabilities != whole[0].probabilities
+    monkeypatch.setattr(deciding, "POSITIONS", 2 * small.CANVAS)
+    for one, other in zip(model.decide("A fast red car", [COLOR, STARS]), whole, strict=True):
+        assert list(one.probabilities.values()) == pytest.approx(list(other.probabilities.values()), abs=1e-4)
+
+
 def test_orders_are_averaged(model: DiffusionGemma) -> None:
     """Each order by itself, as a question of its own with one order."""
     labels = COLOR["choices"]
@@ -137,6 +149,8 @@ def test_what_cannot_be_decided_is_refused(model: DiffusionGemma) -> None:
         model.decide(" ", [URGENT])
     with pytest.raises(ConfigError, match="the longest label takes 6 tokens with its end; the canvas has 2"):
         model.decide("x", [COLOR], canvas_length=2)
+    with pytest.raises(ConfigError, match="canvas_length is 17, expected at most 16"):
+        model.decide("x", [COLOR], canvas_length=17)
     with pytest.raises(ConfigError, match="canvas has 16"):
         model.decide("x", [{**COLOR, "choices": ["a", "b" * 16]}])
     with pytest.raises(TokenizerError, match="special token"):

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_diffgemma.errors import BusyError, ConfigError, NoiseError, PromptError, TokenizerError
+from mlx_diffgemma.errors import BusyError, ConfigError, DiffGemmaError, NoiseError, PromptError, TokenizerError
 from mlx_diffgemma.generation.events import Committed, Denoised, Finished, Prefilled
 from mlx_diffgemma.generation.noise import NoiseRecorder, RecordedNoise, SeededNoise
 from mlx_diffgemma.generation.settings import GenerationConfig
@@ -224,3 +224,33 @@ def test_generating_again_and_again_keeps_memory_flat(model: DiffusionGemma) -> 
 
     memory()
     assert len({memory() for _ in range(10)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m: m.fill(5), "text is 5, expected text"),
+        (lambda m: m.fill(prefix=[]), "prefix is [], expected text"),
+        (lambda m: m.fill("a <fill>", holes=[5]), "holes is [5], expected a list of mlx_diffgemma.Hole"),
+        (lambda m: m.fill("a <fill>", max_tokens="x"), "max_tokens is 'x', expected a positive integer"),
+        (lambda m: m.fill("a <fill>", canvas_length=0), "canvas_length is 0"),
+        (lambda m: m.edit("a", lines="x", instruction="y"), "lines is 'x', expected a list"),
+        (lambda m: m.edit("a", lines=(1, 1.5), instruction="y"), "lines[1] is 1.5, expected an integer"),
+        (lambda m: m.edit(5, lines=(1, 1), instruction="y"), "text is 5, expected text"),
+        (lambda m: m.edit("a", lines=(1, 1), instruction=None), "instruction is null, expected text"),
+        (lambda m: m.decide(5, {"a": {"question": "x"}}), "the state is 5, expected text"),
+        (lambda m: m.decide("x", {"a": {"question": "x"}}, orders="no"), "orders is 'no', expected true or false"),
+        (lambda m: m.decide("x", {"a": {"question": "x"}}, seed=1.5), "seed is 1.5, expected an integer"),
+        (lambda m: m.decide("x", {"a": {"question": "x"}}, template=5), "template is 5, expected text"),
+        (lambda m: m.generate("a", regex=5), "regex is 5, expected text"),
+        (lambda m: m.generate("a", regex=""), "regex is empty"),
+        (lambda m: m.generate("a", json_schema={"type": "string", "minLength": 10**8}), "the JSON schema: a string"),
+        (lambda m: m.generate("a", template_options=5), "template_options is 5, expected an object"),
+        (lambda m: m.score("a", answer=5), "answer is 5, expected text"),
+        (lambda m: m.generate("a", stop_ids=(1, -1)), "stop_ids[1] is -1, expected an integer of at least 0"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(model: DiffusionGemma, call: Any, words: str) -> None:
+    with pytest.raises(DiffGemmaError) as caught:
+        call(model)
+    assert words in str(caught.value) and len(str(caught.value).splitlines()) <= 3

@@ -45,7 +45,7 @@ USER = {"role": "user", "content": "Hi"}
         ([{"role": "assistant", "tool_calls": ["f"]}], "messages[0].tool_calls is ['f']"),
         ([{"role": "user", "content": "bad \ud83d end"}], "half a character (U+D83D)"),
         ([{"role": "user", "content": "x", "name": "\udc80"}], "half a character (U+DC80)"),
-        ([{"role": "assistant", "tool_calls": [{"a": float("nan")}]}], "holds nan, expected finite numbers"),
+        ([{"role": "assistant", "tool_calls": [{"a": float("nan")}]}], "is nan, expected a finite number"),
     ],
 )
 def test_conversations_of_the_wrong_kind(messages: Any, words: str) -> None:

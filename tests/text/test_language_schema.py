@@ -266,7 +266,7 @@ def test_pydantic_models_are_schemas() -> None:
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ("{", "the JSON schema is no JSON: Expecting property name enclosed in double quotes at line 1, column 2."),
+        ("{", "the JSON schema is not JSON: Expecting property name enclosed in double quotes in line 1, column 2."),
         (3, "schema at #: expected an object, true or false, got 3."),
         ({"not": {}}, "schema at #: the keyword 'not' is not supported, and not ignored either."),
         (

@@ -17,6 +17,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from ...errors import ConfigError
+from ...readers import parse_json
+from ...values import shown
 from .graph import intersect
 from .scalars import FORMATS, Bound, numbers
 from .shapes import (
@@ -46,18 +48,13 @@ ANNOTATIONS = frozenset(
 
 def read(schema: Any) -> Any:
     """A schema from what people have: a dict, a bool, JSON text, or a class with pydantic's `model_json_schema`.
-    Errors: ConfigError when it is none of these, or the text is no JSON (with line and column)."""
+    Errors: ConfigError when it is none of these, or no JSON, which a text is read as."""
     if hasattr(schema, "model_json_schema"):
         return schema.model_json_schema()
     if isinstance(schema, str):
-        try:
-            schema = json.loads(schema)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"the JSON schema is no JSON: {error.msg} at line {error.lineno}, column {error.colno}."
-            ) from error
+        schema = parse_json(schema, "the JSON schema", fault=ConfigError)
     if not isinstance(schema, Mapping | bool):
-        raise _wrong("#", f"expected an object, true or false, got {schema!r:.60}")
+        raise _wrong("#", f"expected an object, true or false, got {shown(schema)}")
     return schema
 
 
