@@ -34,6 +34,7 @@ bench: .venv/demo
 soak: .venv/test
 	$(RUN) benchmarks.soak
 	$(RUN) benchmarks.kills
+	$(RUN) benchmarks.serve_soak
 
 floors: .venv/floors
 	$(WITH) .venv/floors/bin/python -m pytest $(ALONE)

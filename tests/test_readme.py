@@ -207,6 +207,7 @@ SMALLER = {
     "train": "--steps 1 --batch-size 1 --max-length 64",
     "bench": "--repeat 1 --only fact",
     "tune": "--show",  # minutes; tests/commands/test_tune.py runs it
+    "serve": "--help",  # it would go on for ever; tests/server runs it
     "check": "--help",  # most of a minute; test_check.py runs all of it, part by part
 }
 MADE = ("--mlx-path", "--record", "--output", "--save-noise", "--save-path")

@@ -4,7 +4,8 @@ be read from left to right. Same prefix, events and rules of ending as the canva
     1  prefix ← encode(prompt)                 its last hidden state says the first token
        for each token:
     2      logits ← head(last hidden state)    one row of the vocabulary
-    3      token  ← best, or drawn from what top_p, min_p and top_k leave, at the temperature
+    3      token  ← best, or drawn from what top_p, min_p and top_k leave, at the temperature; under a constraint of
+                    tokens behind which a text of it can still end within the tokens left
     4      last hidden state ← encode(token)   queued before the token is looked at: the device never waits
 
 Left to right the model was trained by predicting the next token; see docs/decodings.md for what it is good at.
@@ -21,6 +22,7 @@ import numpy as np
 from ..model.cache import PrefixCache
 from ..model.network import Network
 from . import vocabulary
+from .constraint.conditioned import Guides
 from .events import CanvasRow, Committed, Event, Reader
 from .noise import Noise
 from .run import Row, Run, check_prompts
@@ -38,13 +40,14 @@ def generate(
     cache: PrefixCache | None,
     pauses: Sequence[int],
     reader: Reader,
+    guides: Guides,
 ) -> Iterator[Event]:
     """`engine.generate` with settings.decoding "autoregressive". Closing the iterator stops within a token.
     Errors, before any work: PromptError for an empty prompt, or one that fills the context or the cache."""
     count = count_tokens(network, prompts, settings)
-    run = _Run(network, prompts, settings, noise, reader, ROOM, cache)
+    run = _Run(count, guides, network, prompts, settings, noise, reader, ROOM, cache)
     run.cache.reserve(run.padded.shape[1] + count)
-    return run.events(count, pauses)
+    return run.events(pauses)
 
 
 def count_tokens(network: Network, prompts: list[list[int]], settings: GenerationConfig) -> int:
@@ -69,15 +72,19 @@ class Token:
 
 
 class _Run(Run):
-    """One run."""
+    """One run of `count` tokens."""
 
-    def events(self, count: int, pauses: Sequence[int]) -> Iterator[Event]:
+    def __init__(self, count: int, guides: Guides, *args: Any):
+        super().__init__(*args)
+        self.count, self.guides = count, guides
+
+    def events(self, pauses: Sequence[int]) -> Iterator[Event]:
         yield from self.timed("prefill", self.prefill(pauses))  # 1
         token = None
-        for number in range(count):
+        for number in range(self.count):
             with self.clock("commit"):
                 token = token or self._next(number)
-                upcoming = self._next(number + 1, token) if number + 1 < count else None
+                upcoming = self._next(number + 1, token) if number + 1 < self.count else None
                 made = self._commit(number, token, last=upcoming is None)
             self.steps += 1
             yield made
@@ -95,9 +102,16 @@ class _Run(Run):
         assert self.last is not None  # kept, where settings.needs_last_hidden
         logits = self.network.head(self.last)[:, 0]  # 2: [B, V]
         forbidden = self.settings.stop_ids if self.settings.avoid_empty and number == 0 else ()
-        token = choose(logits, self.settings, self.noise, number, forbidden)  # 3
+        token = choose(logits, self.settings, self.noise, number, forbidden, self._allowed(number, before))  # 3
         mx.async_eval(self.cache.state, token.ids, token.logprob, token.entropy)
         return token
+
+    def _allowed(self, number: int, before: Token | None) -> mx.array | None:
+        """The ids that constraints allow for token `number`, bool [B, V]: these wait for the token before."""
+        if before is not None and any(self.guides.constraints):
+            for row, token in enumerate(np.array(before.ids).tolist()):
+                self.guides.advance(row, [token])
+        return self.guides.next_ids(self.count - number, self.network.config.vocab_size)
 
     def _commit(self, number: int, token: Token, *, last: bool) -> Committed:
         """The token becomes each running row's id and text; `last`: there is no room for another."""
@@ -135,15 +149,22 @@ class _Run(Run):
 
 
 def choose(
-    logits: mx.array, settings: GenerationConfig, noise: Noise, number: int, forbidden: tuple[int, ...] = ()
+    logits: mx.array,
+    settings: GenerationConfig,
+    noise: Noise,
+    number: int,
+    forbidden: tuple[int, ...] = (),
+    among: mx.array | None = None,
 ) -> Token:
     """Token `number` of every row from its logits [B, V]: the best, or drawn at noise.token(number), in vocabulary
-    order."""
+    order; none that is `forbidden`, and of those `among` which it is to be, bool [B, V]."""
     maximum, mass, slope = _sums(logits)
     allowed = logits
     if forbidden:
         banned = (mx.arange(logits.shape[1])[:, None] == mx.array(forbidden)).any(axis=-1)
         allowed = mx.where(banned, vocabulary.LOWEST, logits)
+    if among is not None:
+        allowed = mx.where(among, allowed, vocabulary.LOWEST)
     if settings.greedy:
         ids = allowed.argmax(axis=-1).astype(mx.int32)
     else:

@@ -55,15 +55,14 @@ def generate(
     a canvas longer than the model's, or a constraint that these settings cannot meet.
     With settings.decoding "autoregressive" the same events come from the causal pass (see autoregressive.py).
     """
+    guides, tokens = Guides(constraint, len(prompts)), check(network, prompts, settings)
+    guides.check(settings, network.config.vocab_size, tokens)
     if settings.decoding == "autoregressive":
-        Guides(constraint, len(prompts)).check(settings, network.config.vocab_size, settings.max_tokens)
         return autoregressive.generate(
-            network, prompts, settings, noise, cache=cache, pauses=pauses, reader=reader or NoReader()
+            network, prompts, settings, noise, cache=cache, pauses=pauses, reader=reader or NoReader(), guides=guides
         )
     length = settings.canvas_length or network.config.canvas_length
     canvases = count_canvases(network, prompts, settings, length)
-    guides = Guides(constraint, len(prompts))
-    guides.check(settings, network.config.vocab_size, min(settings.max_tokens, canvases * length))
     run = _Run(length, guides, network, prompts, settings, noise, reader or NoReader(), length, cache)
     run.cache.reserve(run.padded.shape[1] + (canvases - 1) * length)
     return run.events(canvases, pauses)

@@ -37,9 +37,9 @@ class Chat:
         own = ("enable_thinking", "tools", "template_options", "sanitize_control_tokens")
         template = {name: options.pop(name) for name in own if name in options}
         run = {k: options.pop(k, None) for k in ("seed", "noise")}
-        ids = self.model.ids(messages, **template)
+        request = self.model.prepare(messages, **template, **run, **options)
+        [ids] = request.prompts
         lasting = self._lasting(ids, messages, template)
-        request = self.model.prepare(ids, **run, **options)
         request.refuse_choosing()
         request.check_memory(forks=2)  # what the turn goes on from, and what the next one will
         return self._turn(messages, ids, lasting, request)

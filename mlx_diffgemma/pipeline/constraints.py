@@ -47,7 +47,8 @@ class Compiled:
 class Obeyed:
     """How a result was held to its constraint."""
 
-    log_probability: float  # of a text of the constraint, by the last step of every canvas: log Z, nats
+    log_probability: float | None  # of a text of the constraint, by the last step of every canvas: log Z, nats; None
+    # for autoregressive decoding, where the constraint is no condition: it only leaves out tokens, one place at a time
     states: int
     classes: int
     pairs: int  # of states: what a step's time is proportional to
@@ -240,9 +241,9 @@ def thought(tokenizer: Tokenizer, prompt: Sequence[int]) -> Language:
 
 def obeyed(compiled: Compiled, canvases: Sequence[CanvasRow]) -> Obeyed:
     """The report on one row."""
-    made = compiled.constraint
+    made, found = compiled.constraint, [canvas.log_probability for canvas in canvases]
     return Obeyed(
-        log_probability=sum(canvas.log_probability or 0.0 for canvas in canvases),
+        log_probability=None if None in found else sum(filter(None, found)),
         states=made.states,
         classes=made.table.shape[1],
         pairs=len(made.pairs.target),

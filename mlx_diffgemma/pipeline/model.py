@@ -23,6 +23,7 @@ from ..model import threads
 from ..model.cache import PrefixCache
 from ..model.memory import machine_limit, weight_bytes
 from ..model.network import Network
+from ..model.table import unpacked_dtype
 from ..text.gate import Message, check_messages, check_text, check_tools
 from ..text.language.automaton import Language
 from ..text.language.texts import MARK, Hole
@@ -544,7 +545,20 @@ class Request:
         """Errors: MemoryLimitError when the run does not fit beside so many forks of its prefix."""
         model, rows = self.model, len(self.prompts) * self.settings.best_of
         prefix = max(map(len, self.prompts)) + self.settings.max_tokens
-        check_memory(model.config, weight_bytes(model.network), model.memory_limit, prefix, rows=rows, forks=forks)
+        weights = weight_bytes(model.network) + self._kept_bytes()
+        check_memory(model.config, weights, model.memory_limit, prefix, rows=rows, forks=forks)
+
+    def _kept_bytes(self) -> int:
+        """What a step under constraints holds for the signal: a weight of every id of a text at every position."""
+        if self.settings.free_signal or self.settings.decoding != "diffusion":
+            return 0
+        sizes = [int((made.constraint.classes >= 0).sum()) for made in self.constraints if made]
+        return (
+            sum(sizes)
+            * self.settings.best_of
+            * self._length
+            * unpacked_dtype(self.model.network.decoder.embed_tokens).size
+        )
 
     def _settings(self, options: GenerationOptions) -> GenerationConfig:
         """The model's own with `options` over them. A `max_length`, of prompt and reply together, counts where nobody
@@ -601,6 +615,8 @@ class Request:
 
     def start_from(self, ids: list[int]) -> None:
         """Let the first canvas begin with `ids`, and not as noise; the statistics say so. Errors: ConfigError."""
+        if self.settings.decoding != "diffusion":
+            raise ConfigError("start='text' would do nothing: autoregressive decoding has no canvas.")
         if self.settings.chooses:
             raise ConfigError("best_of and retries draw other noise: a canvas that begins as a text has little.")
         stop_id, pad_id = self.settings.stop_ids[0], self.settings.pad_token_id

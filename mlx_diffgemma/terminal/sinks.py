@@ -237,7 +237,8 @@ def summary(result: "Result") -> str:
     ]
     if result.constraint:
         obeyed = result.constraint
-        parts.append(f"obeyed, log Z {obeyed.log_probability:.2f}, {obeyed.states} states, {obeyed.classes} classes")
+        how = "token by token" if obeyed.log_probability is None else f"log Z {obeyed.log_probability:.2f}"
+        parts.append(f"obeyed, {how}, {obeyed.states} states, {obeyed.classes} classes")
         parts += [f"compiled in {obeyed.compile_seconds:.2f} s", *obeyed.notes]
     if result.avg_logprob is not None:
         parts.append(f"log-probability {marks.likelihood(result.avg_logprob)}")

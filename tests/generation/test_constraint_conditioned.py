@@ -297,6 +297,37 @@ def test_a_run_repeats_from_its_recorded_noise(network: Network, tmp_path: Path)
         run(network, PROMPT, constraint=constraint, noise=RecordedNoise.load(tmp_path / "free.npz"))
 
 
+def test_the_order_of_a_constraints_classes_is_made_once() -> None:
+    constraint = built(pairs_of_letters(2))
+    assert conditioned.order_of(constraint) is conditioned.order_of(constraint)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_token_by_token_a_text_is_never_left_and_ends_in_time(network: Network, greedy: bool) -> None:
+    """Rows with and without a constraint; what has none is as alone."""
+    open_end, other = built(pairs_of_letters(3)), built(Spelled(choices=(spelled("yes"), spelled("no"))))
+    options: dict[str, Any] = {"decoding": "autoregressive", "greedy": greedy}
+    for most in (6, 7, 12):
+        for seed in range(3):
+            seeds = (seed, seed + 1, seed + 2)
+            rows = [open_end, None, other]
+            events = run(network, PROMPT, OTHER, OTHER, constraint=rows, seeds=seeds, max_tokens=most, **options)
+            assert is_text(open_end, tokens(events, 0)) and is_text(other, tokens(events, 2))
+            alone = run(network, OTHER, constraint=None, seeds=(seed + 1,), max_tokens=most, **options)
+            assert tokens(events, 1) == tokens(alone)
+
+
+def test_next_ids_are_those_behind_which_a_text_still_ends() -> None:
+    constraint = built(pairs_of_letters(2))
+    everything = range(len(constraint.classes))
+    for state in range(constraint.states):
+        for left in range(1, 7):
+            allowed = constraint.next_ids(state, left)
+            after = [constraint.walk(state, [i]) for i in everything]
+            assert allowed.tolist() == [s >= 0 and constraint.distance[s] <= left - 1 for s in after]
+            assert constraint.distance[state] > left or allowed.any(), "never at a dead end"
+
+
 def test_what_does_not_go_together_is_refused(network: Network) -> None:
     constraint = built(Spelled(choices=(spelled("yes"),)))
     with pytest.raises(ConfigError, match="avoid_empty and a constraint exclude each other"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mlx_diffgemma.pipeline.constraints import THINK, thought
 from mlx_diffgemma.pipeline.drafts import at_cursor, of_lines
 from mlx_diffgemma.pipeline.model import DiffusionGemma
 from mlx_diffgemma.pipeline.results import Result, result_json
+from mlx_diffgemma.terminal.sinks import summary
 from mlx_diffgemma.text.tokenizer import Tokenizer
 from tests import small
 
@@ -125,6 +127,27 @@ def test_chat_turns_obey(model: DiffusionGemma) -> None:
     assert [len(chat.send(text).text) for text in ("Hi", "Again")] == [3, 3]
 
 
+def test_a_constraint_goes_with_token_by_token_and_with_several_answers(model: DiffusionGemma) -> None:
+    chosen: list[dict[str, Any]] = [{"best_of": 3}, {"retries": 2}, {"decoding": "autoregressive"}]
+    chosen += [{"decoding": "autoregressive", "best_of": 2, "top_p": 0.9}]
+    for options in chosen:
+        result = one(model.generate("Hi", regex="[a-f]{5}(, [0-9]+)?", seed=1, **options))
+        assert re.fullmatch("[a-f]{5}(, [0-9]+)?", result.text) and result.constraint is not None
+        assert (result.constraint.log_probability is None) == ("decoding" in options)
+        assert "obeyed" in summary(result) and ("log Z" in summary(result)) == ("decoding" not in options)
+    text = model.fill("ab<fill>c", seed=1, decoding="autoregressive").text
+    assert text.startswith("ab") and text.endswith("c") and len(text) > 3
+    with pytest.raises(ConfigError, match="has no canvas"):
+        model.edit("a\nb\n", lines=(1, 1), instruction="Shout", start="text", decoding="autoregressive")
+
+
+def test_what_the_signal_keeps_counts_as_memory(model: DiffusionGemma) -> None:
+    bare = model.prepare("Hi", seed=1)._kept_bytes()
+    kept = model.prepare(["Hi", "Ho"], regex="[a-z]+", seed=1)._kept_bytes()
+    assert bare == 0 and kept == 2 * small.CANVAS * (2 * 26 + 2 + 1) * 4, "letters in two spellings, stops, padding"
+    assert model.prepare("Hi", regex="[a-z]+", free_signal=True)._kept_bytes() == 0
+
+
 # ------------------------------------------------------------------------------------------------- thoughts and calls
 
 
@@ -156,6 +179,8 @@ def test_a_forced_call_obeys_the_function(caller: DiffusionGemma) -> None:
         assert call["name"] == "other" or call["arguments"]["city"] in ("Paris", "Rome")
         assert choice == "required" or call["name"] == "weather"
     assert caller.prepare("Hi", tools=tools, tool_choice="auto").constraints == [None]
+    chat = caller.chat(tools=tools, tool_choice="weather", seed=2, **QUICK)
+    assert chat.send("Hi").tool_calls[0]["name"] == chat.messages[-1]["tool_calls"][0]["function"]["name"] == "weather"
     with pytest.raises(ConfigError, match="names 'wether'; there are weather, other, and auto"):
         caller.prepare("Hi", tools=tools, tool_choice="wether")
 

@@ -63,6 +63,12 @@ class Constraint:
                 "Allow more tokens, or shorter texts."
             )
 
+    def next_ids(self, state: int, left: int) -> np.ndarray:
+        """Ids that may follow a state when `left` tokens may, and after which the text can still end, bool [V]."""
+        target = self.table[state]
+        allowed = (target >= 0) & (self.distance[target] < left)
+        return np.append(allowed, False)[self.classes]
+
     def walk(self, state: int, ids: Sequence[int]) -> int:
         """The state after `ids`, −1 once they leave the language."""
         for token in ids:

@@ -6,6 +6,7 @@ ever.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -31,6 +32,12 @@ class Guide:
     left: int  # tokens that the text may get from here on
 
 
+@lru_cache(maxsize=32)
+def order_of(constraint: Constraint) -> classes.ClassOrder:
+    """Made once: runs of one constraint share it."""
+    return classes.ClassOrder(constraint.classes)
+
+
 class Guides:
     """The constraints of a run's rows, and how far along each text is."""
 
@@ -40,17 +47,12 @@ class Guides:
         if len(self.constraints) != rows:
             raise ConfigError(f"{len(self.constraints)} constraints for {rows} prompts: give one for all, or one each.")
         self.states = [made.start if made else 0 for made in self.constraints]
-        self.orders = {id(made): classes.ClassOrder(made.classes) for made in self.constraints if made}
 
     def check(self, settings: GenerationConfig, vocabulary: int, tokens: int) -> None:
         """ConfigError for settings that do not go with a constraint, for a constraint on other ids than the model's,
         and for one without a text of so few `tokens`."""
         if settings.avoid_empty and any(self.constraints):
             raise ConfigError("avoid_empty and a constraint exclude each other: the constraint says what may be empty.")
-        if settings.decoding != "diffusion" and any(self.constraints):
-            raise ConfigError(
-                "a constraint holds canvases, not single tokens.\nLeave it out, or set decoding to 'diffusion'."
-            )
         if settings.free_signal and not any(self.constraints):
             raise ConfigError("free_signal would do nothing: there is no constraint.")
         for made in filter(None, self.constraints):
@@ -65,12 +67,24 @@ class Guides:
         """What each row's canvas has to go on with, if `left` tokens may come; None for 0, and without a constraint."""
         rows = zip(self.constraints, self.states, left, strict=True)
         return [
-            Guide(constraint=made, order=self.orders[id(made)], state=state, left=tokens) if made and tokens else None
+            Guide(constraint=made, order=order_of(made), state=state, left=tokens) if made and tokens else None
             for made, state, tokens in rows
         ]
 
+    def next_ids(self, left: int, vocabulary: int) -> mx.array | None:
+        """Which ids may come next in each row, when `left` tokens may: bool [B, vocabulary]; None without
+        constraints."""
+        if not any(self.constraints):
+            return None
+        some = np.ones((len(self.constraints), vocabulary), bool)
+        for allowed, made, state in zip(some, self.constraints, self.states, strict=True):
+            if made:
+                allowed[:] = False
+                allowed[: len(made.classes)] = made.next_ids(state, left)
+        return mx.array(some)
+
     def advance(self, row: int, ids: Sequence[int]) -> None:
-        """A canvas of the row is committed."""
+        """What the row's text goes on with is committed."""
         made = self.constraints[row]
         if made and self.states[row] >= 0:
             self.states[row] = made.walk(self.states[row], ids)
