@@ -1,7 +1,7 @@
 """Both decodings, the causal pass as a judge, other seeds and earlier ends, on the built-in model's tasks.
 
-    python -m benchmarks.decodings [--count 60] [--seeds 0,1] [--kinds easy,long,sudoku,search,doubles,structured,noised,
-                                   noised more,long noised] [--settings diffusion;…] [--out FILE.json]
+    python -m benchmarks.decodings [--count 60] [--seeds 0,1] [--kinds easy,long,sudoku,search,doubles,structured,
+                                   noised,noised more,long noised] [--settings diffusion;…] [--out FILE.json]
 
 easy: the held-out tasks, answers within one canvas · long: those that need two or more · sudoku: 12–18 of 36 cells
 given, solved by singles · search: 12–15 given, one solution, not by singles · doubles: lists with repeated names ·

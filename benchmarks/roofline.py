@@ -442,7 +442,7 @@ PUBLISHED_HEADER = ["chip", "recipe", "tokens/s", "s a step", "break-even: publi
 
 
 def break_even_table(macs: Macs, models: dict[str, Model]) -> list[list[object]]:
-    """Where both decodings were published for a chip, with as many bits: steps at which they are as fast, and the forecast.
+    """Where both decodings were published for a chip, with as many bits: the break-even, and its forecast.
     The commits were not published; the likely ones stand in for them."""
     efficiencies, by_token = macs.efficiencies(models), macs.efficiencies(models, tokens=True)
     rows: list[list[object]] = []
@@ -469,12 +469,13 @@ def readme_section() -> str:
     errors = sorted(abs(c["error"]) for c in check(macs, models) if not c["fitted"])
     few, many = sorted(README_STEPS)
     note = (
-        f"The most bits that fit with {TABLE_PREFIX // 1024}K tokens of context (`*`: after raising the limit). Both ways"
-        " to write with the same weights: a canvas of 256 tokens at\n"
-        f"a time, here at {few} to {many} steps each, and token by token. A full canvas is the faster one while it settles"
-        " in fewer steps than the last column says;\nan answer that fills a part of it, in as much fewer. A model of"
-        f" arithmetic and bandwidth, checked against {len(errors)} published measurements (median error\n"
-        f"{errors[len(errors) // 2]:.0%}), not measured here: `python -m benchmarks.roofline`."
+        f"The most bits that fit with {TABLE_PREFIX // 1024}K tokens of context (`*`: after raising the limit). Both"
+        " ways to write with the same weights: a\n"
+        f"canvas of 256 tokens at a time, here at {few} to {many} steps each, and token by token. A full canvas is"
+        " the faster one while it settles in fewer\n"
+        "steps than the last column says; an answer that fills a part of it, in as much fewer. A model of arithmetic"
+        f" and bandwidth, checked against\n{len(errors)} published measurements (median error"
+        f" {errors[len(errors) // 2]:.0%}), not measured here: `python -m benchmarks.roofline`."
     )
     return f"{common.table(readme_rows(macs, models), README_HEADER)}\n\n{note}"
 
