@@ -279,6 +279,8 @@ class Offline:
         about = {"version": __version__, "model": self.source, "options": chosen}
         about |= {"tuning": model.network.tuning.fingerprint}
         job = offline.Offline(model, lines, target, batch_size=batch_size or 8, seed=seed, options=chosen, about=about)
+        if not job.journal.locked and not self.quiet:
+            click.echo(f"Note: {target} is on a disk without locks: see to it that nothing else writes it.", err=True)
         try:
             with Count("replies", quiet=self.quiet) as count:
                 for progress in job.run():

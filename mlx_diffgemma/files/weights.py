@@ -18,6 +18,8 @@ from .layout import find_rule, is_vision
 from .quantization import Quantization, dequantize
 from .shards import Tensor, write_tensors
 
+INFINITY = {mx.float32: 0x7F80_0000, mx.float16: 0x7C00, mx.bfloat16: 0x7F80}  # its bits
+
 
 def load_network(path: Path, *, lazy: bool = False, ignore_keys: tuple[str, ...] = ()) -> Network:
     """The text network with the weights in `path`: every parameter filled exactly once, no tensor left over but
@@ -74,13 +76,27 @@ def _read(checkpoint: Checkpoint) -> dict[str, mx.array]:
 
 def _refuse_nonfinite(network: Network, checkpoint: Checkpoint) -> None:
     """NaN and infinity are no weights: what is generated from them says nothing, and need not look it."""
-    for name, weight in leaves(network.parameters()).items():
-        if mx.issubdtype(weight.dtype, mx.floating) and not mx.isfinite(weight).all():
+    found = leaves(network.parameters())
+    largest = {name: largest_bits(weight) for name, weight in found.items() if weight.dtype in INFINITY}
+    mx.eval(largest)
+    for name, (positive, negative) in largest.items():
+        infinity = INFINITY[found[name].dtype]
+        if int(positive) >= infinity or int(negative) >= infinity | 1 << 8 * found[name].dtype.size - 1:
             stored = checkpoint.tensors.get(f"model.{name}")
             file = stored.file.name if stored else checkpoint.folder
             raise CheckpointError(
                 f"{file}: model.{name} holds NaN or infinity, expected finite weights.\nDownload the checkpoint again."
             )
+
+
+def largest_bits(array: mx.array) -> tuple[mx.array, mx.array]:
+    """The largest positive and the largest negative float as the integers that their bits are; lazy.
+
+    NaN and infinity have the largest exponent, so no finite float of their sign is a larger integer. Nothing of the
+    array's size is made, and a CPU does it ten times as fast as it asks every float.
+    """
+    signed, unsigned = (mx.int16, mx.uint16) if array.dtype.size == 2 else (mx.int32, mx.uint32)
+    return array.view(signed).max(), array.view(unsigned).max()
 
 
 def trained_apart(tensor: Tensor, twin: str) -> CheckpointError:

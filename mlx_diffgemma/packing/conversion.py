@@ -117,10 +117,13 @@ def convert(plan: Conversion, target: Path, *, force: bool = False, progress: Pr
     """
     target = _checked_target(plan, target, force)
     partial = target.with_name(target.name + ".partial")
-    with _claimed(partial, plan.fingerprint()):
+    progress = progress or Silence()
+    with _claimed(partial, plan.fingerprint()) as locked:
+        if not locked:
+            progress.notice(f"{partial.parent} is on a disk without locks: see to it that nothing else writes there.")
         todo = _unfinished(plan, partial)
         try:
-            _write_shards(plan, partial, todo, progress or Silence())
+            _write_shards(plan, partial, todo, progress)
             _write_sides(plan, partial)
         except (CheckpointError, ConfigError):
             shutil.rmtree(partial)
@@ -155,8 +158,9 @@ def _checked_target(plan: Conversion, target: Path, force: bool) -> Path:
 
 
 @contextmanager
-def _claimed(partial: Path, fingerprint: str) -> Iterator[None]:
-    """Take up a partial folder that is going to be the same pack, or begin an empty one; one process at a time."""
+def _claimed(partial: Path, fingerprint: str) -> Iterator[bool]:
+    """Take up a partial folder that is going to be the same pack, or begin an empty one; one process at a time, which
+    a disk without locks (yields False) cannot see to."""
     file = partial / PLAN
     if partial.exists() and not file.is_file() and (not partial.is_dir() or visible(partial)):
         raise ConfigError(f"{partial} is in the way, and this program did not make it. Move it elsewhere.")
@@ -166,8 +170,9 @@ def _claimed(partial: Path, fingerprint: str) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(f"{partial} cannot be written: {reason(error)}.") from None
     with stream:
-        # A disk without locks: nothing keeps two conversions into one folder apart, and one is all there is as a rule.
-        lock(stream, ConfigError(f"another process is writing {partial}. Wait for it, or choose another place."))
+        locked = lock(
+            stream, ConfigError(f"another process is writing {partial}. Wait for it, or choose another place.")
+        )
         stream.seek(0)
         if stream.read() != fingerprint:
             for path in partial.iterdir():
@@ -176,7 +181,7 @@ def _claimed(partial: Path, fingerprint: str) -> Iterator[None]:
             stream.truncate(0)
             stream.write(fingerprint)
             stream.flush()
-        yield
+        yield locked
 
 
 def _unfinished(plan: Conversion, folder: Path) -> list[Shard]:

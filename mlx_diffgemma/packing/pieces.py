@@ -96,6 +96,9 @@ class Progress(Protocol):
     def advance(self, piece: Piece) -> None:
         """One piece is done."""
 
+    def notice(self, said: str) -> None:
+        """Something to know, in a sentence, before the work begins."""
+
 
 class Silence:
     """A Progress that nobody watches."""
@@ -104,6 +107,9 @@ class Silence:
         pass
 
     def advance(self, piece: Piece) -> None:
+        pass
+
+    def notice(self, said: str) -> None:
         pass
 
 

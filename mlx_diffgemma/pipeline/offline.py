@@ -256,7 +256,7 @@ class Journal:
             raise
 
     def _open(self, about: dict[str, Any], seed: int | None) -> None:
-        lock(self.file, ConfigError(f"another process is writing {self.path}: wait for it, or stop it."))
+        self.locked = lock(self.file, ConfigError(f"another process is writing {self.path}: wait for it, or stop it."))
         records = self._read()
         if records:
             self.seed = self._check(records[0], about, seed)

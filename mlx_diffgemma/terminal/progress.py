@@ -44,6 +44,9 @@ class Bar:
             left = (self.logged - self.began) * (self.nbytes / self.done - 1)
             self.console.print(f"{self.verb}: {self._state()}, {left:.0f} s left")
 
+    def notice(self, said: str) -> None:
+        self.console.print(f"Note: {said}", markup=False)
+
     def _state(self) -> str:
         rate = self.done / max(time.monotonic() - self.began, 1e-9)
         return f"{self.whole}/{self.tensors} tensors, {self.done / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s"

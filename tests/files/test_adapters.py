@@ -102,6 +102,19 @@ def test_a_quantized_base_keeps_its_packing_when_merged() -> None:
     assert leaves(net.parameters()).keys() == names
 
 
+def test_the_callers_random_numbers_go_on() -> None:
+    """Attaching draws; whoever drew before and after it sees nothing of it."""
+    drawn = []
+    for attached in (False, True):
+        base = network()
+        mx.random.seed(3)
+        mx.random.normal((2,))
+        if attached:
+            adapters.attach(base, Lora(), seed=7)
+        drawn.append(mx.random.normal((4,)).tolist())
+    assert drawn[0] == drawn[1]
+
+
 def test_an_adapter_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
     net = trained(Lora())
     adapters.save(net, Lora(), tmp_path)

@@ -49,6 +49,23 @@ def test_unpacking_changes_nothing_but_the_size() -> None:
     assert weights.unpacked_growth(network) == 0
 
 
+@pytest.mark.parametrize(
+    ("mode", "group", "bits"), [("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4), ("affine", 32, 5)]
+)
+def test_the_growth_is_told_to_the_byte_for_every_mode(mode: str, group: int, bits: int) -> None:
+    network = small.network()
+    nn.quantize(
+        network,
+        group,
+        bits,
+        mode=mode,
+        class_predicate=lambda path, m: hasattr(m, "to_quantized") and "experts" not in path,
+    )
+    packed, growth = weight_bytes(network), weights.unpacked_growth(network)
+    weights.unpack_trunk(network)
+    assert weight_bytes(network) - packed == growth > 0
+
+
 def test_the_experts_stay_packed() -> None:
     network = packed_network()
     experts = network.decoder.layers[0].experts.gate_up_proj

@@ -243,3 +243,25 @@ def test_verification_looks_at_the_config_too(source: Path, tmp_path: Path) -> N
     (tmp_path / "pack" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"config.json: text_config.rms_norm_eps is 1e-05, expected 1e-06"):
         verify(open_checkpoint(source), tmp_path / "pack")
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK])
+def test_a_disk_without_locks_is_said_before_the_work(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    said: list[str] = []
+
+    class Watch(pieces.Silence):
+        def begin(self, tensors: int, nbytes: int) -> None:
+            said.append("begun")
+
+        def notice(self, text: str) -> None:
+            said.append(text)
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    convert(plan_for(source), tmp_path / "pack", progress=Watch())
+    assert said == [f"{tmp_path} is on a disk without locks: see to it that nothing else writes there.", "begun"]
+    assert (tmp_path / "pack/config.json").is_file()

@@ -246,7 +246,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a template that is a number": (in_config(chat_template=5), "chat_template is 5, expected text or a list"),
     "not JSON": (lambda f: (f / "tokenizer_config.json").write_text("{") and None, "tokenizer_config.json is not JSON"),
     "a list": (lambda f: (f / "tokenizer_config.json").write_text("[]") and None, "expected an object"),
-    "NaN": (lambda f: (f / "tokenizer_config.json").write_text('{"a": NaN}') and None, "holds NaN"),
+    "NaN": (lambda f: (f / "tokenizer_config.json").write_text('{"a": NaN}') and None, "a is nan, expected"),
     "a map of numbers": (also(special_tokens_map={"bos_token": 3}), "special_tokens_map.json: bos_token is 3"),
     "added tokens without ids": (also(added_tokens={"a": "b"}), "added_tokens.json: a is 'b', expected an integer"),
     "unigram for Gemma's class": (
