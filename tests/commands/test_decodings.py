@@ -105,7 +105,10 @@ def test_score(folder: str, model: DiffusionGemma, tmp_path: Path) -> None:
     long = run("score", "--model", folder, "-", text="x" * 600)
     assert long.exit_code == 1 and "the text is 601 tokens; the model's context is 512" in long.stderr
     assert "600 tokens" in run("score", "--model", folder, "--stride", "256", "-", text="x" * 600).stdout
-    for args, text, message in (("-", "", "standard input is empty"), ("absent.txt", None, "absent.txt cannot be read")):
+    for args, text, message in (
+        ("-", "", "standard input is empty"),
+        ("absent.txt", None, "absent.txt cannot be read"),
+    ):
         refused = run("score", "--model", folder, args, text=text)
         assert refused.exit_code == 1 and message in refused.stderr
 
