@@ -60,13 +60,13 @@ def answers(count: int, seed: int) -> list[dict[str, Any]]:
     layouts: Languages = {name: lambda e, of=layout: record_language(e, of) for name, layout in LAYOUTS.items()}
     clean, spoilt = load(BUILT_IN), noised(load(BUILT_IN), NOISE, seed)
     rows = [
+        *compared(f"JSON, noise {NOISE}", spoilt, [e for e in easy if e.task == "json"], layouts, both_signals=True),
         *compared("Sudoku", clean, list(decodings.sudoku(first, count)), {"givens pinned": pinned_givens}),
-        *compared("Sudoku, a guess", clean, list(decodings.search(first, count)), {"givens pinned": pinned_givens}),
         *compared("names, repeated", clean, list(decodings.doubles(first, count)), {"its names, a line each": listed}),
-        *compared("new templates", clean, structured[1::2], {"the template": templated}),
         *compared("JSON, 2 × 4", clean, structured[::2], layouts),
+        *compared("new templates", clean, structured[1::2], {"the template": templated}),
         *compared(f"Sudoku, noise {NOISE}", spoilt, list(train_demo.sudoku(first, count)), {"givens": pinned_givens}),
-        *compared(f"JSON, noise {NOISE}", spoilt, [e for e in easy if e.task == "json"], layouts),
+        *compared("Sudoku, a guess", clean, list(decodings.search(first, count)), {"givens pinned": pinned_givens}),
     ]
     return rows
 
@@ -101,13 +101,19 @@ def record_language(example: Example, layout: Layout) -> Language:
 
 
 def compared(
-    kind: str, model: DiffusionGemma, examples: Sequence[Example], languages: Languages
+    kind: str,
+    model: DiffusionGemma,
+    examples: Sequence[Example],
+    languages: Languages,
+    *,
+    both_signals: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """A row a language, and one for the first of them with the free signal."""
+    """A row a language, and perhaps one for the first of them with the free signal."""
     free = [judged(result, e) for result, e in zip(written(model, examples, None), examples, strict=True)]
     [first, *_] = languages
-    ways = [(name, language, {}) for name, language in languages.items()]
-    ways.insert(1, (f"{first}, free signal", languages[first], {"free_signal": True}))
+    ways: list[Any] = [(name, language, {}) for name, language in languages.items()]
+    if both_signals:
+        ways.append((f"{first}, free signal", languages[first], {"free_signal": True}))
     for name, language, options in ways:
         results = written(model, examples, language, options)
         under = [judged(result, e) for result, e in zip(results, examples, strict=True)]
