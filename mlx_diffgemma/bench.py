@@ -117,7 +117,7 @@ def main(
     with replacing(target, "w") as stream:
         stream.write(json.dumps(figures, indent=1) + "\n")
     if decodings:
-        _table(figures, figures | {"prompts": by_token}, names=("diffusion", "autoregressive, greedy"))
+        _table(figures, figures | {"prompts": by_token}, names=("diffusion", "token by token, greedy"))
         click.echo("\n".join(f"{name}: {run['agreement']:.0%} of the tokens alike" for name, run in by_token.items()))
     else:
         _table(figures)

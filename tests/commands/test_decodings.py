@@ -184,7 +184,7 @@ def test_bench_measures_both_decodings(tmp_path: Path, capsys: pytest.CaptureFix
     assert token["runs"][0]["decoding"] == "autoregressive" and canvas["runs"][0]["decoding"] == "diffusion"
     assert 0 <= token["agreement"] <= 1 and token["seconds_to_first_canvas"] > 0
     shown = capsys.readouterr().out
-    assert "autoregressive, greedy" in shown and "of the tokens alike" in shown
+    assert "of the tokens alike" in shown
 
 
 def test_agreement_is_the_share_of_tokens_in_order() -> None:
