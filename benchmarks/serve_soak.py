@@ -84,7 +84,7 @@ class Load:
 
     def _whole(self, which: int, patience: float | None) -> None:
         try:
-            answer = httpx.post(self.url + CHAT, json=body(which), timeout=patience or 120)
+            answer = httpx.post(self.url + CHAT, json=body(which), timeout=patience or 600)
         except httpx.TimeoutException:
             if patience is None:
                 raise
@@ -100,7 +100,7 @@ class Load:
         if drafts:
             asked["diffusion"] = asked["diffusion"] | {"drafts": "tokens"}
         begun, text, first = time.monotonic(), "", None
-        with httpx.stream("POST", self.url + CHAT, json=asked, timeout=120) as response:
+        with httpx.stream("POST", self.url + CHAT, json=asked, timeout=600) as response:
             for line in response.iter_lines():
                 if patience is not None and time.monotonic() - begun > patience:
                     self._count("left")
@@ -176,12 +176,10 @@ def shutdowns(count: int) -> list[int]:
     statuses = []
     for number in range(count):
         with served(free_port()) as (process, url):
-            asked = body(2) | {"stream": True, "max_tokens": 1000, "diffusion": {"drafts": "text"}}
-            with httpx.stream(
-                "POST", url + CHAT, json=asked | {"diffusion": {"drafts": "text"}}, timeout=60
-            ) as response:
+            asked = body(4) | {"stream": True, "max_tokens": 1000, "diffusion": {"drafts": "text"}}
+            with httpx.stream("POST", url + CHAT, json=asked, timeout=60) as response:
                 lines = response.iter_lines()
-                for _ in range(3 + number):
+                for _ in range(3 + number % 5):
                     next(lines)
                 process.send_signal((signal.SIGTERM, signal.SIGINT)[number % 2])
                 try:

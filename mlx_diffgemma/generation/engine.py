@@ -16,6 +16,7 @@ Source: transformers DiffusionGemmaGenerationMixin.generate.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -96,18 +97,16 @@ class _Run(Run):
     def __init__(self, length: int, guides: Guides, *args: Any):
         super().__init__(*args)
         self.length, self.guides = length, guides
+        self.at_work = list(range(len(self.rows)))  # numbers of the rows that the batch still holds
 
     def events(self, canvases: int, pauses: Sequence[int]) -> Iterator[Event]:
         yield from self.timed("prefill", self.prefill(pauses))  # 1
         for index in range(canvases):
             best = mx.zeros((len(self.rows), self.length), mx.int32)
             trace = _Trace([not row.reason for row in self.rows])
-            budget = (canvases - index) * self.length
-            guides = self.guides.of_canvas([0 if row.reason else min(row.left, budget) for row in self.rows])
-            canvas = _Canvas(  # 2
-                self.network, self.cache, self.settings, self.noise, index, trace.running, self.reader, guides
-            )
+            canvas = self._canvas(index, (canvases - index) * self.length)  # 2
             for event in self.timed("denoise", canvas.steps()):  # 3 – 7
+                event = self._of_all_rows(event)
                 trace.add(event)
                 best = event.best
                 self.steps += 1
@@ -115,10 +114,56 @@ class _Run(Run):
             yield self._commit(index, best, trace, canvas, last=index == canvases - 1)  # 8
             if all(row.reason for row in self.rows):
                 break
-            if not self.settings.scored:
-                with self.clock("commit"):
-                    self.encode(best)
+            with self.clock("commit"):
+                self._let_go()
+                if not self.settings.scored:
+                    self.encode(best[mx.array(self.at_work)] if len(self.at_work) < len(self.rows) else best)
         yield self.finish()
+
+    def _canvas(self, index: int, budget: int) -> "_Canvas":
+        """The next canvas of the rows at work; `budget` are the tokens that this and later ones can hold."""
+        noise = self.noise if len(self.at_work) == len(self.rows) else SomeRows(self.noise, self.at_work)
+        guides = self.guides.of_canvas([0 if row.reason else min(row.left, budget) for row in self.rows])
+        chosen = [guides[number] for number in self.at_work]
+        return _Canvas(self.network, self.cache, self.settings, noise, index, self.reader, chosen)
+
+    def _let_go(self) -> None:
+        """Rows that have finished leave the batch: they cost nothing any more."""
+        going = [number for number in self.at_work if not self.rows[number].reason]
+        if len(going) < len(self.at_work):
+            places = [self.at_work.index(number) for number in going]
+            self.cache.keep(places)
+            self.last = None if self.last is None else self.last[mx.array(places)]
+            self.at_work = going
+
+    def _of_all_rows(self, event: Denoised) -> Denoised:
+        """An event of the rows at work as one of all rows; those that have left show padding."""
+        if len(self.at_work) == len(self.rows):
+            return event
+        rows = mx.array(self.at_work)
+
+        def among(rest: mx.array, some: mx.array) -> mx.array:
+            whole = mx.array(rest)
+            whole[rows] = some
+            return whole
+
+        def told(rest: Any, some: Sequence[Any]) -> tuple[Any, ...]:
+            found = dict(zip(self.at_work, some, strict=False))
+            return tuple(found.get(number, rest) for number in range(len(self.rows))) if some else ()
+
+        shape = (len(self.rows), self.length)
+        padding = mx.full(shape, self.settings.pad_token_id, mx.int32)
+        return replace(
+            event,
+            **{name: among(padding, getattr(event, name)) for name in ("best", "guess", "next_canvas")},
+            accepted=among(mx.zeros(shape, mx.bool_), event.accepted),
+            entropy=among(mx.zeros(shape), event.entropy),
+            pinned=None if event.pinned is None else among(mx.zeros(shape, mx.bool_), event.pinned),
+            accepted_count=told(0, event.accepted_count),
+            mean_entropy=told(0.0, event.mean_entropy),
+            settled=told(True, event.settled),
+            early=told(False, event.early),
+        )
 
     def _commit(self, index: int, best: mx.array, trace: "_Trace", canvas: "_Canvas", *, last: bool) -> Committed:
         """The best tokens [B, L] become each row's ids and text; with scores, behind the pass that commits them."""
@@ -126,24 +171,27 @@ class _Run(Run):
         for number, (row, ids) in enumerate(zip(self.rows, np.array(best).tolist(), strict=True)):
             self.guides.advance(number, ids)
             kept.append(row.keep(ids, self.settings, last=last) if not row.reason else ())
-        runs = [(row, trace.running[number]) for number, row in enumerate(self.rows)]
-        scores: list[dict[str, Any]] = [{} for _ in runs]
+        scores: dict[int, dict[str, Any]] = {}
         if self.settings.scored:
-            told = [len(ids) + (row.reason == "stop") if on else 0 for ids, (row, on) in zip(kept, runs, strict=True)]
+            told = [len(kept[number]) + (self.rows[number].reason == "stop") for number in self.at_work]
             with self.clock("commit"):
-                scores = self._scores(best, canvas, told)
+                found = self._scores(best[mx.array(self.at_work)], canvas, told)
+            scores = dict(zip(self.at_work, found, strict=True))
+        probable = dict(zip(self.at_work, canvas.log_probabilities, strict=True))
         committed = []
-        for number, (row, on) in enumerate(runs):
+        for number, row in enumerate(self.rows):
+            on = trace.running[number]
             ids, reason = kept[number], row.reason if on else ""
             text, thinking = self.reader.read(number, ids, last=bool(reason)) if on else ("", "")
-            told_of = {**trace.row(number), **scores[number], "log_probability": canvas.log_probabilities[number]}
+            told_of = {**trace.row(number), **scores.get(number, {}), "log_probability": probable.get(number)}
             made = CanvasRow(ids=ids, reason=reason, text=text, thinking=thinking, **told_of)
             row.canvases += [made] if made.steps else []
             committed.append(made)
         return Committed(index=index, rows=tuple(committed))
 
     def _scores(self, best: mx.array, canvas: "_Canvas", told: list[int]) -> list[dict[str, Any]]:
-        """Encode the canvas; log-probabilities of the first `told` tokens of every row, as CanvasRow's fields."""
+        """Encode the canvas of the rows at work; log-probabilities of the first `told` tokens of each, as CanvasRow's
+        fields."""
         before = self.last
         assert before is not None  # kept, where settings.needs_last_hidden
         hidden = mx.concatenate([before, self.encode(best)[:, :-1]], axis=1)  # what each token followed from
@@ -164,8 +212,8 @@ class _Run(Run):
 
 
 class _Canvas:
-    """One canvas while it denoises, until every running row is settled. A settled row keeps its canvas and its best
-    tokens while the others go on."""
+    """One canvas of the rows at work while it denoises, until every row is settled. A settled row keeps its canvas and
+    its best tokens while the others go on."""
 
     def __init__(
         self,
@@ -174,7 +222,6 @@ class _Canvas:
         settings: GenerationConfig,
         noise: Noise,
         index: int,
-        running: list[bool],
         reader: Reader,
         guides: list[Guide | None],
     ):
@@ -187,7 +234,7 @@ class _Canvas:
         self.entropy = mx.zeros(self.canvas.shape)
         self.best_logprob = mx.zeros(self.canvas.shape)  # of the best tokens, by the step's own distribution
         self.earlier: list[mx.array] = []  # best tokens of the steps before
-        self.done = mx.array([not r for r in running])  # [B]
+        self.done = mx.zeros(len(guides), mx.bool_)  # [B]
         self.early = mx.zeros_like(self.done)  # [B]: done by settings.stable_answer alone
         self.unsure_count = self.canvas.size  # positions that the step before was not sure of
 
@@ -313,6 +360,28 @@ class _Canvas:
             decode=self.reader.decode,
             pinned=pinned,
         )
+
+
+class SomeRows:
+    """Another noise, of some rows of its batch alone."""
+
+    def __init__(self, noise: Noise, rows: Sequence[int]):
+        self.noise, self.rows = noise, mx.array(list(rows))
+
+    def canvas(self, index: int) -> mx.array:
+        return self.noise.canvas(index)[self.rows]
+
+    def draws(self, index: int, step: int) -> mx.array:
+        return self.noise.draws(index, step)[self.rows]
+
+    def ids(self, index: int, step: int) -> mx.array:
+        return self.noise.ids(index, step)[self.rows]
+
+    def path(self, index: int, step: int) -> mx.array:
+        return self.noise.path(index, step)[self.rows]
+
+    def token(self, number: int) -> mx.array:
+        return self.noise.token(number)[self.rows]
 
 
 class _Trace:

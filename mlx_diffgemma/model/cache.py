@@ -52,6 +52,10 @@ class FullLayer:
         other._buffer.holders.add(other)
         return other
 
+    def keep(self, rows: mx.array) -> None:
+        """Let go of all rows of the batch but these."""
+        self._buffer = self._buffer.of(self, rows)
+
     @property
     def held(self) -> KeysValues | None:
         """The prefix's keys and values."""
@@ -98,6 +102,11 @@ class _Buffer:
         self.arrays = tuple(_written(old, start, new) for old, new in zip(self.arrays, (keys, values), strict=True))
         end = start + keys.shape[2]
         return self.arrays[0][:, :, :end], self.arrays[1][:, :, :end]
+
+    def of(self, layer: FullLayer, rows: mx.array) -> "_Buffer":
+        """A buffer of its own for `layer`, with some rows."""
+        self.holders.discard(layer)
+        return _Buffer(layer, tuple(array[rows] for array in self.arrays))
 
     def leave(self, layer: FullLayer, capacity: int, like: KeysValues) -> "_Buffer":
         """A buffer of its own for `layer`, with a copy of its prefix."""
@@ -154,6 +163,10 @@ class SlidingLayer:
     def fork(self) -> "SlidingLayer":
         """The same positions once more. Who writes first copies them: one window."""
         return copy(self)
+
+    def keep(self, rows: mx.array) -> None:
+        """Let go of all rows of the batch but these."""
+        self._arrays = tuple(array[rows] for array in self._arrays)
 
     @property
     def held(self) -> KeysValues | None:
@@ -259,6 +272,16 @@ class PrefixCache:
     def advance(self, length: int) -> None:
         """`length` more tokens were appended in every layer."""
         self.length += length
+
+    def keep(self, rows: list[int]) -> None:
+        """Let go of all rows of the batch but these. A layer is copied at a time, so that two of it never lie beside
+        one another for long."""
+        index = mx.array(rows)
+        for layer in self.layers:
+            layer.keep(index)
+            mx.eval(layer.state)
+        self.batch_size = len(rows)
+        self.padding = None if self.padding is None else self.padding[index]
 
     def fork(self) -> "PrefixCache":
         """The same prefix once more: both can go on, each by itself.

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -293,3 +294,28 @@ def test_a_generation_config_that_asks_for_another_sampler_is_refused() -> None:
 def test_what_does_nothing_is_said_and_does_nothing(values: dict[str, Any], said: str) -> None:
     assert GenerationConfig.from_dict(values) == GenerationConfig()
     assert said in "".join(unused_keys(values)) and bool(said) == bool(unused_keys(values))
+
+
+@pytest.mark.parametrize("options", [{}, {"logprobs": 2}], ids=str)
+def test_a_row_that_has_finished_leaves_the_batch(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Its tokens stay as they were, nobody else's change, and the passes behind it have a row less."""
+    model = small.model(tmp_path)
+    prompts = ["hello", "a rather longer prompt than that", "x", "what is it?"]
+    alone = [model.generate(prompt, seed=seed, max_tokens=96, **options) for seed, prompt in enumerate(prompts)]
+    denoise, widths = model.network.denoise, []
+
+    def watched(canvas: mx.array, *rest: Any) -> mx.array:
+        widths.append(canvas.shape[0])
+        return denoise(canvas, *rest)
+
+    model.network.denoise = watched  # type: ignore[method-assign]
+    events = list(model.prepare(prompts, seed=0, max_tokens=96, **options).events())
+    assert [result.tokens for result in events[-1].results] == [result.tokens for result in alone]
+    for result, single in zip(events[-1].results, alone, strict=True):
+        assert result.logprobs == pytest.approx(single.logprobs, abs=1e-4)
+    lengths = sorted({len(result.canvases) for result in alone})
+    assert len(lengths) > 1 and widths == sorted(widths, reverse=True)
+    assert widths[0] == 4 and widths[-1] == sum(len(result.canvases) == lengths[-1] for result in alone)
+    drawn = [event for event in events if isinstance(event, Denoised)]
+    assert all(event.best.shape == event.entropy.shape == (4, small.CANVAS) for event in drawn)
+    assert all(len(event.settled) == len(event.mean_entropy) == 4 for event in drawn)
