@@ -15,7 +15,7 @@ ALONE := tests/commands tests/text/test_tokenizer.py tests/text/test_gate.py tes
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo quick test lint bench soak floors
+.PHONY: demo quick test lint bench soak floors clients
 demo: .venv/demo
 	$(RUN) mlx_diffgemma.generate
 
@@ -36,6 +36,10 @@ soak: .venv/test
 	$(RUN) benchmarks.kills
 	$(RUN) benchmarks.serve_soak
 
+# Clients that are no Python packages: a browser (Debian's chromium, or what CHROMIUM names), axe-core by npm.
+clients: .venv/clients
+	$(BIN)/python -m pytest tests/clients
+
 floors: .venv/floors
 	$(WITH) .venv/floors/bin/python -m pytest $(ALONE)
 
@@ -54,6 +58,9 @@ endif
 .venv/test: .venv/demo
 	@echo "Installing what the tests compare with (PyTorch, transformers, mlx-vlm): some minutes …"
 	@$(BIN)/python -m pip install -q -e '.[test]' && touch $@
+
+.venv/clients: .venv/test tests/clients/package.json
+	@$(BIN)/python -m pip install -q -e '.[clients]' && npm install --silent --no-package-lock --prefix tests/clients && touch $@
 
 .venv/floors: .venv/demo
 	$(BIN)/python -m pip install -q uv && $(BIN)/uv venv -q --python $(BIN)/python $@

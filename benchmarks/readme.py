@@ -5,6 +5,7 @@
     recipes   what each recipe makes of the released shapes: computed
     macs      the most bits that fit a Mac: computed
     roofline  which recipe for which Mac, and how fast either decoding may be: computed (benchmarks/roofline.py)
+    reach     how fast small Macs may be when experts are streamed: computed (benchmarks/reach.py)
     step      our step beside mlx-vlm's: from benchmarks/results/step.json; empty while there is no such file
     quality   what each recipe keeps of the built-in model: likewise from recipes.json
     ideas     what each exact idea brings: likewise from ideas.json
@@ -17,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks import common, ideas, roofline
+from benchmarks import common, ideas, reach, roofline
 from benchmarks import recipes as measured_recipes
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.files import layout
@@ -32,6 +33,7 @@ PREFIXES = (4096, 131_072)  # that a Mac must have room for
 PLACES = {
     common.ROOT / "docs" / "getting-started.md": ("macs",),
     common.ROOT / "docs" / "conversion.md": ("recipes",),
+    common.ROOT / "docs" / "reach.md": ("reach",),
     common.ROOT / "docs" / "measured.md": ("step", "quality"),
     common.ROOT / "README.md": ("roofline",),
     common.ROOT / "benchmarks" / "README.md": ("ideas",),
@@ -45,12 +47,17 @@ def blocks(results: Path = RESULTS) -> dict[str, str]:
         name: write(read_json(results / file)) if (results / file).exists() else ""
         for name, (file, write) in measured.items()
     }
-    return {"macs": macs(), "recipes": recipes(), "roofline": _roofline(), **made}
+    return {"macs": macs(), "recipes": recipes(), "roofline": _roofline(), "reach": _reach(), **made}
 
 
 @cache
 def _roofline() -> str:
     return roofline.readme_section() + "\n"
+
+
+@cache
+def _reach() -> str:
+    return reach.table() + "\n"
 
 
 def place(text: str, name: str) -> tuple[int, int]:

@@ -62,9 +62,9 @@ def running(side: str, model: Path) -> Iterator[str]:
         process.wait()
 
 
-def ask(url: str, body: dict[str, Any]) -> Asked:
+def ask(client: httpx.Client, url: str, body: dict[str, Any]) -> Asked:
     begun, draft, text = time.perf_counter(), None, None
-    with httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=600) as response:
+    with client.stream("POST", url + "/v1/chat/completions", json=body) as response:
         assert response.status_code == 200, response.read()
         for line in response.iter_lines():
             if not line.startswith("data: {"):
@@ -79,10 +79,10 @@ def ask(url: str, body: dict[str, Any]) -> Asked:
 
 
 def round_of(url: str, bodies: list[dict[str, Any]], at_once: int) -> dict[str, float]:
-    begun = time.perf_counter()
-    with ThreadPoolExecutor(at_once) as pool:
-        asked = list(pool.map(lambda body: ask(url, body), bodies))
-    figures = {"requests_per_second": len(bodies) / (time.perf_counter() - begun)}
+    with httpx.Client(timeout=600) as client, ThreadPoolExecutor(at_once) as pool:
+        begun = time.perf_counter()
+        asked = list(pool.map(lambda body: ask(client, url, body), bodies))
+        figures = {"requests_per_second": len(bodies) / (time.perf_counter() - begun)}
     figures["first_text_seconds"] = statistics.median(one.text for one in asked)
     drafts = [one.draft for one in asked if one.draft is not None]
     return figures | ({"first_draft_seconds": statistics.median(drafts)} if drafts else {})

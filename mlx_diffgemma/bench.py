@@ -42,6 +42,7 @@ WITHOUT = {  # exact ideas that can be left out for comparison, and what takes t
     "pieces": "attention over the whole prefix at once, under whole masks",
     "sorted-experts": "the experts' rows in the order of the tokens",
 }
+WAITED = 0.1  # share of the time that computing may wait before the disk is called the limit
 FIGURES = {  # key → what it is called in a table
     "seconds_to_first_canvas": "first text, s",
     "prefill_tokens_per_second": "prefill, tokens/s",
@@ -110,6 +111,8 @@ def main(
     figures: dict[str, Any] = about | memory() | {"without": list(without), "prompts": found}
     if decodings:
         figures["autoregressive"] = by_token
+    if loaded.network.experts.streamed:
+        figures["streaming"] = streaming(loaded, found)
     if steps:
         from .pipeline.speeds import speeds
 
@@ -123,6 +126,8 @@ def main(
         _table(figures)
     if steps:
         click.echo("\n".join(_steps_as_text(figures)))
+    if "streaming" in figures:
+        click.echo(_streaming_as_text(figures["streaming"]))
     click.echo(f"Written to {output}. To compare: mlx_diffgemma.bench --compare {output} OTHER.json")
 
 
@@ -139,6 +144,29 @@ def memory() -> dict[str, Any]:
         "wired_bytes": wiring.wired(),
         "device_info": {name: value for name, value in mx.device_info().items() if isinstance(value, int | str)},
     }
+
+
+def streaming(model: "DiffusionGemma", prompts: dict[str, Any]) -> dict[str, Any]:
+    """What the reader read since the model was loaded and how fast, and how long the counted runs waited for it."""
+    experts = model.network.experts
+    runs = [run for prompt in prompts.values() for run in prompt.get("runs", ())]
+    seconds = sum(run["prefill_seconds"] + run["denoise_seconds"] + run["commit_seconds"] for run in runs)
+    waited = sum(run["waited_seconds"] for run in runs) / max(seconds, 1e-9)
+    return {
+        "layers": len(experts.streamed),
+        "bytes_a_pass": experts.bytes_a_pass,
+        "bytes_per_second": experts.traffic.nbytes / max(experts.traffic.read_seconds, 1e-9),
+        "waited": waited,  # a share of the time
+        "limit": "the disk" if waited > WAITED else "computing",
+    }
+
+
+def _streaming_as_text(told: dict[str, Any]) -> str:
+    return (
+        f"Streamed: the experts of {told['layers']} layers, {told['bytes_a_pass'] / 1e9:.3g} GB a pass at"
+        f" {told['bytes_per_second'] / 1e9:.3g} GB/s; {told['waited']:.0%} of the time computing waited for them: the"
+        f" limit is {told['limit']}."
+    )
 
 
 def take_apart(model: "DiffusionGemma", pause: float) -> list[dict[str, Any]]:
@@ -187,6 +215,7 @@ def as_text(figures: dict[str, Any]) -> str:
         if "left_out" not in run:
             scaled = [run[key] * (1e-9 if key.endswith("_bytes") else 1) for key in FIGURES]
             lines.append(f"| {name} | " + " | ".join(f"{value:.3g}" for value in scaled) + " |")
+    lines += ["", _streaming_as_text(figures["streaming"])] if "streaming" in figures else []
     lines += ["", *_steps_as_text(figures)]
     return "\n".join(lines).strip()
 

@@ -251,6 +251,12 @@ _LOADING: dict[str, dict[str, Any]] = {
         "metavar": "GB",
         "help": "The most memory to use.",
     },
+    "stream_experts": {
+        "section": "Machine",
+        "type": click.IntRange(0),
+        "metavar": "N",
+        "help": "Read the experts of N layers from disk in every pass.  [default: as few as fit]",
+    },
     "ignore_key": {
         "section": "Machine",
         "multiple": True,

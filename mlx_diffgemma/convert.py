@@ -30,6 +30,7 @@ def print_plan(config: ModelConfig, recipe: Recipe, planned: "Sequence[Planned]"
 
     from .model.memory import memory_needed, smallest_macs
     from .packing.plan import Size, lay_out, sizes
+    from .pipeline.fitting import Sizes, smallest_streaming
     from .terminal.console import console
 
     out, weight_files = console(), sum(shard.size for shard in lay_out(planned))
@@ -43,11 +44,14 @@ def print_plan(config: ModelConfig, recipe: Recipe, planned: "Sequence[Planned]"
         table.add_row(component, *row, style="bold" if size is total else "")
     out.print(recipe.because, table, f"weight files: {weight_files:,} bytes", sep="\n", highlight=False)
     text = total.nbytes - (components["vision"].nbytes if "vision" in components else 0)
-    memory = Table("prefix", "memory to run", "fits a Mac of", "with a raised limit*", title="estimated")
+    titles = ("prefix", "memory to run", "fits a Mac of", "with a raised limit*", "streamed, a Mac of", "GB a pass")
+    memory = Table(*titles, title="estimated")
     for prefix in (4096, 32_768, 131_072):
         needed = memory_needed(config, text, prefix)
         smallest = [f"{mac} GB" if mac else "none" for mac in smallest_macs(needed)]
-        memory.add_row(f"{prefix // 1024}K", f"{needed / 1e9:.1f} GB", *smallest)
+        mac, nbytes = smallest_streaming(config, Sizes.planned(config, planned), prefix)
+        streamed = (f"{mac} GB", f"{nbytes / 1e9:.1f}") if mac else ("none", "")
+        memory.add_row(f"{prefix // 1024}K", f"{needed / 1e9:.1f} GB", *smallest, *streamed)
     out.print(memory, "* sudo sysctl iogpu.wired_limit_mb=…", sep="\n", highlight=False)
     _warn(recipe, planned)
 

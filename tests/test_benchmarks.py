@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from benchmarks import common, generate, kernels, load, readme, roofline, soak, step
+from benchmarks import common, generate, kernels, load, reach, readme, roofline, soak, step
 from benchmarks.models import generation_config, peer_model, reference_model
 from mlx_diffgemma.config import LayerConfig, ModelConfig
 from mlx_diffgemma.files.weights import load_network
@@ -224,6 +224,17 @@ def test_the_short_table_of_macs_says_how_far_to_trust_it() -> None:
     assert "12 to 15 steps" in section and "not measured here" in section
     macs = roofline.Macs.read()
     assert all(memory in macs.chips[name].memory for name, memory in roofline.README_MACS)
+
+
+def test_a_streamed_step_takes_the_longer_of_computing_and_reading(models: dict[str, roofline.Model]) -> None:
+    model, macs = models["q4"], roofline.Macs.read()
+    chip, nbytes = macs.chips["M2"], reach.streamed(models["q4"], 16)
+    assert 5e9 < nbytes < 7e9 and reach.streamed(model, 24) == 0
+    unhindered = reach.rate(model, chip, 1.0, 0, 1.0)
+    assert reach.rate(model, chip, 1.0, nbytes, 1000.0) == unhindered
+    slow = reach.rate(model, chip, 1.0, nbytes, 0.1)
+    assert slow == pytest.approx(256 / (13 * nbytes / 1e8))
+    assert reach.table("q3", [2.8]).count("\n") == 1 + len(reach.MACHINES)
 
 
 # ------------------------------------------------------------------------------------------------------------ common

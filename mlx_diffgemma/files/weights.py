@@ -32,6 +32,14 @@ def load_network(path: Path, *, lazy: bool = False, ignore_keys: tuple[str, ...]
 
 def filled(checkpoint: Checkpoint, *, lazy: bool = False) -> Network:
     """`load_network` of a checkpoint that is open already."""
+    network = unread(checkpoint)
+    if not lazy:
+        evaluate(network, checkpoint)
+    return network
+
+
+def unread(checkpoint: Checkpoint) -> Network:
+    """The text network, its weights still on disk."""
     network = Network(checkpoint.config)
     quantized = {path.removeprefix("model."): how for path, how in checkpoint.quantized.items()}
 
@@ -50,10 +58,19 @@ def filled(checkpoint: Checkpoint, *, lazy: bool = False) -> Network:
     experts = {name.removesuffix(".weight") for name in weights if ".experts." in name and name.endswith(".weight")}
     if mx.default_device() == mx.cpu and not experts <= quantized.keys():
         network.set_dtype(mx.float32)  # MLX's CPU backend multiplies expert weights in float32 only
-    if not lazy:
-        mx.eval(network.parameters())
-        _refuse_nonfinite(network, checkpoint)
     return network
+
+
+def evaluate(network: Network, checkpoint: Checkpoint) -> None:
+    """Read the weights. Errors: CheckpointError for NaN and infinity, which are none."""
+    mx.eval(network.parameters())
+    found = {name: weight for name, weight in leaves(network.parameters()).items() if not network.experts.owns(name)}
+    if (name := nonfinite(found)) is not None:  # of streamed experts it is asked when they come
+        stored = checkpoint.tensors.get(f"model.{name}")
+        file = stored.file.name if stored else checkpoint.folder
+        raise CheckpointError(
+            f"{file}: model.{name} holds NaN or infinity, expected finite weights.\nDownload the checkpoint again."
+        )
 
 
 def _read(checkpoint: Checkpoint) -> dict[str, mx.array]:
@@ -74,19 +91,15 @@ def _read(checkpoint: Checkpoint) -> dict[str, mx.array]:
     return {name.removeprefix("model."): weight for name, weight in weights.items()}
 
 
-def _refuse_nonfinite(network: Network, checkpoint: Checkpoint) -> None:
-    """NaN and infinity are no weights: what is generated from them says nothing, and need not look it."""
-    found = leaves(network.parameters())
-    largest = {name: largest_bits(weight) for name, weight in found.items() if weight.dtype in INFINITY}
+def nonfinite(weights: dict[str, mx.array]) -> str | None:
+    """The first of these that holds NaN or infinity: what is generated from them says nothing, and need not look it."""
+    largest = {name: largest_bits(weight) for name, weight in weights.items() if weight.dtype in INFINITY}
     mx.eval(largest)
     for name, (positive, negative) in largest.items():
-        infinity = INFINITY[found[name].dtype]
-        if int(positive) >= infinity or int(negative) >= infinity | 1 << 8 * found[name].dtype.size - 1:
-            stored = checkpoint.tensors.get(f"model.{name}")
-            file = stored.file.name if stored else checkpoint.folder
-            raise CheckpointError(
-                f"{file}: model.{name} holds NaN or infinity, expected finite weights.\nDownload the checkpoint again."
-            )
+        dtype = weights[name].dtype
+        if int(positive) >= INFINITY[dtype] or int(negative) >= INFINITY[dtype] | 1 << 8 * dtype.size - 1:
+            return name
+    return None
 
 
 def largest_bits(array: mx.array) -> tuple[mx.array, mx.array]:

@@ -19,6 +19,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
+from ..errors import ConfigError
 from ..model.cache import PrefixCache
 from ..model.network import Network
 from . import vocabulary
@@ -46,12 +47,18 @@ def generate(
     Errors, before any work: PromptError for an empty prompt, or one that fills the context or the cache."""
     count = count_tokens(network, prompts, settings)
     run = _Run(count, guides, network, prompts, settings, noise, reader, ROOM, cache)
-    run.cache.reserve(run.padded.shape[1] + count)
+    run.reserve(count)
     return run.events(pauses)
 
 
 def count_tokens(network: Network, prompts: list[list[int]], settings: GenerationConfig) -> int:
-    """How many tokens fit the request and the context; PromptError when not even one does."""
+    """How many tokens fit the request and the context. Errors: PromptError when not even one does; ConfigError for a
+    model whose experts are streamed, which every token would read again."""
+    if network.experts.streamed:
+        raise ConfigError(
+            f"autoregressive decoding would read {network.experts.bytes_a_pass / 1e9:.2f} GB from the disk for every"
+            " token: this model's experts do not fit in memory.\nDecode by diffusion, which reads them once a step."
+        )
     return min(settings.max_tokens, check_prompts(network, prompts, settings, 1, "one token"))
 
 

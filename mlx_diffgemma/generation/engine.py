@@ -65,7 +65,7 @@ def generate(
     length = settings.canvas_length or network.config.canvas_length
     canvases = count_canvases(network, prompts, settings, length)
     run = _Run(length, guides, network, prompts, settings, noise, reader or NoReader(), length, cache)
-    run.cache.reserve(run.padded.shape[1] + (canvases - 1) * length)
+    run.reserve((canvases - 1) * length)
     return run.events(canvases, pauses)
 
 

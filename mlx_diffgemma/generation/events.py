@@ -115,6 +115,8 @@ class Statistics:
     peak_memory_bytes: int  # MLX's, since the process began or since mx.reset_peak_memory()
     tuning: str  # the fingerprint of the tuning: a seed repeats where it is the same
     attempts: float = 1  # answers that were made for each one given (best_of, retries); mean over a batch
+    read_bytes: int = 0  # of experts that are streamed
+    waited_seconds: float = 0.0  # for those
     early_canvases: int = 0  # of the rows' canvases, how many ended by settings.stable_answer alone
     departures: dict[str, Any] = field(default_factory=dict)  # options that differ from the reference algorithm
 

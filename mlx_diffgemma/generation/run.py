@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +14,8 @@ from ..model.network import Network
 from .events import CanvasRow, Finished, Prefilled, Reader, Statistics
 from .noise import Noise
 from .settings import GenerationConfig
+
+RESERVED = 8192  # tokens of an answer that buffers are made for at once; beyond, they grow by a quarter each time
 
 
 def check_prompts(
@@ -100,8 +102,13 @@ class Run:
         self.reused = self.cache.length
         self.rows = [Row(left=settings.max_tokens) for _ in prompts]
         self.steps = 0
+        self._before = replace(network.experts.traffic)
         self.seconds = {"prefill": 0.0, "denoise": 0.0, "commit": 0.0}
         self.last: mx.array | None = None  # [B, 1, H]: the prefix's last hidden state, where it is needed
+
+    def reserve(self, tokens: int) -> None:
+        """Announce how many tokens will come behind the prompt; of very many, which seldom come, only the first."""
+        self.cache.reserve(self.padded.shape[1] + min(tokens, RESERVED))
 
     def prefill(self, pauses: Sequence[int]) -> Iterator[Prefilled]:
         """Encode what the cache does not hold yet, chunk by chunk, so that memory does not grow with the prompt."""
@@ -121,6 +128,7 @@ class Run:
 
     def finish(self) -> Finished:
         canvases = [canvas for row in self.rows for canvas in row.canvases]
+        traffic = self.network.experts.traffic
         statistics = Statistics(
             decoding=self.settings.decoding,
             prompt_tokens=self.prompt_tokens,
@@ -133,6 +141,8 @@ class Run:
             tokens_per_forward=sum(row.counted for row in self.rows) / max(1, sum(canvas.steps for canvas in canvases)),
             peak_memory_bytes=mx.get_peak_memory(),
             tuning=self.network.tuning.fingerprint,
+            read_bytes=traffic.nbytes - self._before.nbytes,
+            waited_seconds=traffic.waited_seconds - self._before.waited_seconds,
             early_canvases=sum(canvas.early for canvas in canvases),
             departures=self.settings.departures,
         )

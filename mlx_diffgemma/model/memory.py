@@ -3,10 +3,9 @@
 import os
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..config import ModelConfig
-from .network import leaves
+from .network import Network, leaves
 
 # Memory of a Mac (GiB), and the share Metal lends one process unless iogpu.wired_limit_mb says otherwise.
 MACS = (16, 18, 24, 32, 36, 48, 64, 96, 128)
@@ -31,14 +30,15 @@ def memory_needed(config: ModelConfig, weight_bytes: int, prefix: int, item_size
 
 
 def smallest_macs(nbytes: int) -> tuple[int | None, int | None]:
-    """The smallest memory (GiB) of a Mac that runs this: as it comes, and with a raised limit.
-
-    Metal lends one process two thirds of up to 36 GiB, three quarters of more.
-    """
-    lent = {mac: (mac << 30) * (2 / 3 if mac <= 36 else 3 / 4) for mac in MACS}
-    normal = (mac for mac in MACS if nbytes <= lent[mac])
+    """The smallest memory (GiB) of a Mac that runs this: as it comes, and with a raised limit."""
+    normal = (mac for mac in MACS if nbytes <= lent(mac))
     raised = (mac for mac in MACS if nbytes <= (mac << 30) - SYSTEM)
     return next(normal, None), next(raised, None)
+
+
+def lent(mac: int) -> float:
+    """Bytes that Metal lends one process on a Mac with so many GiB: two thirds of up to 36, three quarters of more."""
+    return (mac << 30) * (2 / 3 if mac <= 36 else 3 / 4)
 
 
 def machine_limit() -> int:
@@ -48,6 +48,8 @@ def machine_limit() -> int:
     return int(lent or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def weight_bytes(network: nn.Module) -> int:
-    """Bytes of all parameters."""
-    return sum(array.nbytes for array in leaves(network.parameters()).values())
+def weight_bytes(network: Network) -> int:
+    """Bytes of the parameters that are in memory at a time."""
+    return network.experts.nbytes + sum(
+        array.nbytes for name, array in leaves(network.parameters()).items() if not network.experts.owns(name)
+    )

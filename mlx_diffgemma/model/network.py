@@ -122,7 +122,7 @@ class Network(nn.Module):
         """All layers and the last norm; one mask per kind of layer (layers of a kind hold the same positions)."""
         by_window = {layer.window: mask(layer) for layer in cache.layers}
         for number, (layer, scalar, kept) in enumerate(zip(self.decoder.layers, scalars, cache.layers, strict=True)):
-            with self.experts.layer(number) as done:
+            with self.experts.layer(number, layer.experts) as done:
                 y = layer(x, scalar, cache.length, memory(kept), by_window[kept.window], self.tuning)
                 x = done(y, kept.state)
         return self.decoder.norm(x)

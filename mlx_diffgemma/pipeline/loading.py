@@ -7,9 +7,8 @@ from typing import get_args
 
 import mlx.core as mx
 
-from ..disk import visible
 from ..errors import ConfigError, TokenizerError
-from ..files import adapters, checkpoint, hub, tuned, weights
+from ..files import adapters, checkpoint, hub, streaming, tuned, weights
 from ..files.shipped import BUILT_IN
 from ..model import threads, wiring
 from ..model.expert_linear import QuantizedExpertLinear
@@ -18,7 +17,7 @@ from ..model.network import Network
 from ..model.tuning import DEFAULT, Trunk, Tuning
 from ..text.tokenizer import Tokenizer
 from ..values import integer, optional
-from .fitting import check_memory
+from .fitting import Sizes, streamed_layers
 from .model import DiffusionGemma
 
 ROOMY_PREFIX = 32_768  # tokens of prefix that must still fit for the trunk to be unpacked by itself
@@ -32,6 +31,7 @@ def load(
     adapter: str | Path | None = None,
     trunk: Trunk | None = None,
     memory_limit: int | None = None,
+    stream_experts: int | None = None,
     ignore_keys: tuple[str, ...] = (),
     tuning: Tuning | None = None,
 ) -> DiffusionGemma:
@@ -42,8 +42,10 @@ def load(
     "packed" as the pack has it, "bf16" unpacked (the same values, faster products, more memory), "auto" unpacked
     on a GPU with room for it; without it `tuning` decides, which says how the machine likes the work cut: without it,
     what `mlx_diffgemma.tune` chose for this pack on this machine, if it did (`tuning=DEFAULT`: not that).
-    `memory_limit` in bytes is this process's budget, instead of what the machine has. `ignore_keys` are unknown keys
-    of config.json that you know are harmless. What the checkpoint says that does nothing here is in `notices`.
+    `memory_limit` in bytes is this process's budget, instead of what the machine has. Of a model that does not fit, the
+    experts of as many layers as must be are read from the disk in every pass (`notices` says so); `stream_experts` says
+    of how many layers, 0 of none. `ignore_keys` are unknown keys of config.json that you know are harmless. What the
+    checkpoint says that does nothing here is in `notices`.
     On Metal the weights and a prefix are wired while the model lives (mx.set_wired_limit).
     Sets MLX's cache of freed buffers, for the whole process, to at most 1 GiB (mx.set_cache_limit).
     Errors: CheckpointError, ConfigError, MemoryLimitError.
@@ -55,14 +57,19 @@ def load(
         adapter = adapters.find(adapter)
     opened, limit = checkpoint.open_checkpoint(folder, ignore_keys=ignore_keys), memory_limit or machine_limit()
     config = opened.config
-    check_memory(config, sum(file.stat().st_size for file in visible(folder, "*.safetensors")), limit)
     generation_config = checkpoint.read_generation_config(folder, config)
     found = tuned.Found(tuning=tuning) if tuning is not None else tuned.remembered(folder)
     tuning = found.tuning or DEFAULT
     if tuning.operations is not None:  # read by MLX when it first uses the GPU
         os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", str(tuning.operations))
-    network = weights.filled(opened)
-    network.tuning = replace(tuning, trunk=_settle_trunk(network, trunk or tuning.trunk, limit))
+    trunk = trunk or tuning.trunk
+    network = weights.unread(opened)
+    sizes = Sizes.of(network, growth=weights.unpacked_growth(network) if trunk == "bf16" else 0)
+    count = streamed_layers(config, sizes, limit, stream_experts)
+    if count:
+        streaming.stream(network, opened, streaming.spread(count, len(sizes.layers)))
+    weights.evaluate(network, opened)
+    network.tuning = replace(tuning, trunk=_settle_trunk(network, trunk, limit))
     if adapter is not None:
         adapters.load(network, adapter)
     try:
@@ -75,10 +82,21 @@ def load(
         generation_config = generation_config.replace(stop_ids=stop_ids)
     mx.set_cache_limit(CACHE_LIMIT)
     notices = (*opened.notices, *checkpoint.unused_settings(folder, config), *found.notices, *_slow(network))
+    if count and stream_experts is None:
+        notices += (_streams(network, sizes, limit),)
     model = DiffusionGemma(network, tokenizer, generation_config, folder=folder, memory_limit=limit, notices=notices)
     if network.tuning.wired:
         wiring.wire(model, memory_needed(config, weight_bytes(network), ROOMY_PREFIX))
     return model
+
+
+def _streams(network: Network, sizes: Sizes, limit: int) -> str:
+    """Why layers are streamed that nobody asked for, and what that costs."""
+    needed, passing = memory_needed(network.config, sizes.held(0), 0) / 1e9, network.experts
+    return (
+        f"the model needs {needed:.1f} GB and may use {limit / 1e9:.1f}: the experts of {len(passing.streamed)} of"
+        f" {len(sizes.layers)} layers are read from the disk in every pass, {passing.bytes_a_pass / 1e9:.2f} GB."
+    )
 
 
 def _slow(network: Network) -> list[str]:

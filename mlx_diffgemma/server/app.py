@@ -87,7 +87,7 @@ def app(scheduler: Scheduler, served: Served, rules: Rules | None = None) -> ASG
         Route("/v1/models/{name:path}", model),
         Route("/health", health),
         Route("/openapi.json", described),
-        *(Route(path, _file(name)) for path, name in PAGE.items() if (FOLDER / name).is_file()),
+        *(Route(path, _file(name)) for path, name in PAGE.items()),
     ]
     inside = Starlette(routes=routes, exception_handlers={HTTPException: _unknown, Exception: _broken})
     return Guard(inside, rules or Rules())

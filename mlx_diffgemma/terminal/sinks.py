@@ -235,6 +235,8 @@ def summary(result: "Result") -> str:
         f"peak {s.peak_memory_bytes / 1e9:.2f} GB",
         f"seed {result.seed}",
     ]
+    if s.read_bytes:
+        parts.append(f"read {s.read_bytes / 1e9:.2f} GB of experts, waited {s.waited_seconds:.2f} s for them")
     if result.constraint:
         obeyed = result.constraint
         how = "token by token" if obeyed.log_probability is None else f"log Z {obeyed.log_probability:.2f}"

@@ -4,6 +4,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from ..config import ModelConfig
+from ..errors import TrainingError
 from ..model.expert_linear import ExpertLinear
 from ..model.layers import Layer
 from ..model.network import Network, leaves
@@ -44,7 +45,15 @@ def _adapted_inputs(layer: Layer, config: ModelConfig) -> int:
 
 
 def prepare(network: Network, settings: Settings) -> None:
-    """Make a network ready to train: the router frozen unless asked for, few experts run all together."""
+    """Make a network ready to train: the router frozen unless asked for, few experts run all together.
+
+    Errors: TrainingError for a network whose experts are streamed.
+    """
+    if network.experts.streamed:
+        raise TrainingError(
+            f"every pass of training would read {network.experts.bytes_a_pass / 1e9:.2f} GB from the disk: the experts"
+            f" of {len(network.experts.streamed)} layers are streamed.\nTrain where the model fits in memory."
+        )
     network.train()
     for layer in network.decoder.layers:
         if not settings.train_router:

@@ -13,6 +13,7 @@ import pytest
 
 from mlx_diffgemma.generation.settings import GenerationConfig
 from mlx_diffgemma.pipeline.model import DiffusionGemma
+from mlx_diffgemma.proof.recordings import small_network
 from mlx_diffgemma.text.tokenizer import Tokenizer
 from tests import small
 from tests.server.serving import Running, content, said, serving
@@ -55,6 +56,8 @@ WEATHER = {
     },
 }
 CALL = '<|tool_call>call:weather{city:<|"|>Rome<|"|>,days:3}<tool_call|>'
+CONFIG = small.CONFIG | {"text_config": small.CONFIG["text_config"] | {"max_position_embeddings": 16_384}}
+WEIGHTS = {"seed": 0, "branches": 0.1, "sharpness": 10.0}
 SURE = 3.0  # how far the script stands out of what else could be said
 
 
@@ -67,7 +70,7 @@ class Scripted:
     def __call__(self) -> DiffusionGemma:
         small.write_tokenizer(self.folder)
         (self.folder / "chat_template.jinja").write_text(TEMPLATE)
-        network, tokenizer = small.network(), Tokenizer.load(self.folder)
+        network, tokenizer = small_network(config=CONFIG, weights=WEIGHTS), Tokenizer.load(self.folder)
         settings = GenerationConfig(max_denoising_steps=4, stop_ids=(small.EOS, small.TURN_END))
         table, starts = network.decoder.embed_tokens.weight, WeakKeyDictionary[Any, int]()
 
@@ -250,6 +253,21 @@ def test_control_tokens_in_a_message_are_text(server: Running, model: Scripted) 
     counted = server.post({"messages": said(text), "seed": 1}).json()["usage"]["prompt_tokens"]
     plain = server.post({"messages": said("a" * len(text)), "seed": 1}).json()["usage"]["prompt_tokens"]
     assert counted == plain
+
+
+def test_the_second_turn_of_an_agent_reads_what_is_new(server: Running, model: Scripted) -> None:
+    """Ten tools, a call, its answer: what the first request encoded is not encoded again."""
+    model.script = "I look." + CALL
+    tools = [WEATHER | {"function": WEATHER["function"] | {"name": f"tool_{number}"}} for number in range(9)]
+    body = {"messages": said("Will it rain?"), "tools": [WEATHER, *tools], "max_tokens": 200}
+    first = server.post(body).json()
+    message = first["choices"][0]["message"]
+    answered = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "No."}
+    second = server.post(body | {"messages": [*said("Will it rain?"), message, answered]}).json()["usage"]
+    assert second["prompt_tokens_details"]["cached_tokens"] == first["usage"]["prompt_tokens"]
+    other = server.post(body | {"messages": said("And snow?")}).json()["usage"]
+    new = len("And snow?\n<|turn>model\n") - len("<|turn>") + 2
+    assert other["prompt_tokens"] - other["prompt_tokens_details"]["cached_tokens"] <= new
 
 
 def test_many_at_once_leak_nothing(server: Running, model: Scripted) -> None:

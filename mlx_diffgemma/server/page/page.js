@@ -35,6 +35,7 @@ function el(name, { attributes = {}, ...properties } = {}, ...inside) {
   return made;
 }
 
+const draw = () => Math.floor(Math.random() * 1e6); // a seed that can be typed
 const quiet = (label, act, more = {}) => el("button", { type: "button", className: "quiet", onclick: act, ...more }, label);
 
 // ------------------------------------------------------------------------------------------------------ the wire
@@ -112,7 +113,7 @@ class Canvas {
     let at = 0;
     const random = (count) => {
       for (let i = 0; i < count; i++, at++) {
-        const piece = (Math.random() < 0.4 ? " " : "") + "x".repeat(1 + Math.random() * 4);
+        const piece = (Math.random() < 0.3 ? " " : "") + "x".repeat(1 + Math.random() * (model.builtIn ? 1 : 5));
         this.put(at, noisy(piece, Math.floor(Math.random() * 640)), "cell k4");
       }
     };
@@ -183,7 +184,8 @@ class Answer {
     this.note = part("span", "note");
     this.player = quiet("", () => this.replay(), { className: "quiet play", hidden: true });
     this.player.setAttribute("aria-label", "Play the steps");
-    this.foot = el("div", { className: "foot" }, this.player, this.note);
+    this.acts = el("span", { className: "acts" });
+    this.foot = el("div", { className: "foot" }, this.player, this.note, this.acts);
     this.node = el("article", { className: "answer", attributes: { "aria-label": title || "Answer" } });
     if (title) this.node.append(el("p", { className: "title" }, title));
     if (given) this.paper.classList.add("beside"), this.paper.prepend(el("p", { className: "given text" }, given));
@@ -329,7 +331,7 @@ class Answer {
   tell(index) {
     const frame = this.frames[index];
     if (!frame) return void (this.note.textContent = this.summary ?? "");
-    const sure = `${frame.accepted} of ${frame.tokens.length} accepted`;
+    const sure = `${frame.accepted}/${frame.tokens.length} accepted`;
     const canvas = frame.block ? `canvas ${frame.block + 1} · ` : "";
     this.note.textContent = `${canvas}step ${frame.step + 1} · ${sure} · ${nats(frame.mean_entropy)}`;
     this.range.setAttribute("aria-valuetext", this.note.textContent);
@@ -377,10 +379,10 @@ class Answer {
       bars[this.at]?.classList.add("here");
     }
     const send = (name, detail) => () => this.node.dispatchEvent(new CustomEvent(name, { detail, bubbles: true }));
-    if (this.ended && this.text) this.foot.append(quiet("Keep parts", () => this.pin()));
-    if (this.ended && this.text) this.foot.append(copying("Copy", () => this.text));
-    this.foot.append(copying("curl", () => curl(this.request.body, this.request.key)));
-    this.foot.append(quiet("Again", send("again", { answer: this })));
+    if (this.ended && this.text) this.acts.append(quiet("Keep parts", () => this.pin()));
+    if (this.ended && this.text) this.acts.append(copying("Copy", () => this.text));
+    this.acts.append(copying("curl", () => curl(this.request.body, this.request.key)));
+    this.acts.append(quiet("Again", send("again", { answer: this })));
   }
 
   /** Every position is a button: pinned, or let go of. */
@@ -446,7 +448,7 @@ class Pins {
     this.node = el("p", { className: "text pins", attributes: { role: "toolbar", "aria-label": "Positions" } });
     this.parts = this.pieces.map((piece) => (piece.trim() ? this.button(piece) : el("span", {}, piece)));
     this.node.append(...this.parts);
-    this.buttons = this.parts.filter((part) => part.matches("button"));
+    this.buttons = this.parts.filter(isPin);
     this.buttons.forEach((button, i) => (button.tabIndex = i ? -1 : 0));
     this.node.onkeydown = (event) => this.key(event);
     this.node.onpointerdown = ({ target }) => this.drag(target);
@@ -455,19 +457,17 @@ class Pins {
   }
 
   button(piece) {
-    const button = el("button", { type: "button", attributes: { "aria-pressed": "true" } }, piece);
-    button.onclick = ({ detail }) => detail || this.set(button, !pressed(button)); // a pointer was heard already
-    return button;
+    return el("span", { attributes: { role: "button", "aria-pressed": "true" } }, piece); // a <button> would not break
   }
 
   drag(target) {
-    if (!target.matches("button")) return;
+    if (!isPin(target)) return;
     this.dragged = !pressed(target);
     this.set(target, this.dragged);
   }
 
   set(target, pinned) {
-    if (!target.matches("button")) return;
+    if (!isPin(target)) return;
     target.setAttribute("aria-pressed", String(pinned));
     this.node.dispatchEvent(new Event("change"));
   }
@@ -478,6 +478,7 @@ class Pins {
   }
 
   key(event) {
+    if (event.key === " " || event.key === "Enter") return event.preventDefault(), this.set(event.target, !pressed(event.target));
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (!step) return;
     event.preventDefault();
@@ -495,15 +496,16 @@ class Pins {
 
   /** The text with a mark for every run that was let go of; blanks between two such positions go with them. */
   text() {
-    const kept = this.parts.map((part) => !part.matches("button") || pressed(part));
-    const loose = (i) => i >= 0 && i < kept.length && this.parts[i].matches("button") && !kept[i];
+    const kept = this.parts.map((part) => !isPin(part) || pressed(part));
+    const loose = (i) => i >= 0 && i < kept.length && isPin(this.parts[i]) && !kept[i];
     this.parts.forEach((part, i) => {
-      if (!part.matches("button") && loose(i - 1) && loose(i + 1)) kept[i] = false;
+      if (!isPin(part) && loose(i - 1) && loose(i + 1)) kept[i] = false;
     });
     return this.pieces.map((piece, i) => (kept[i] ? piece : kept[i - 1] === false ? "" : MARK)).join("");
   }
 }
 
+const isPin = (node) => node.matches("[role=button]");
 const pressed = (button) => button.getAttribute("aria-pressed") === "true";
 
 // ------------------------------------------------------------------------------------------------- what is asked
@@ -526,7 +528,7 @@ function request(content, { seed = number("seed"), template = "" } = {}) {
     model: model.id,
     messages: [...system, ...messages, { role: "user", content }],
     stream: true,
-    seed: seed ?? Math.floor(Math.random() * 2 ** 32),
+    seed: seed ?? draw(),
     max_tokens: number("tokens"),
     temperature: number("temperature"),
     reasoning_effort: $("thinking").value || undefined,
@@ -661,7 +663,7 @@ function example({ prompt, seed }) {
 function again({ detail: { answer, text } }) {
   if (!$("stop").hidden) return;
   const { body, key, pins } = answer.request;
-  const seed = Math.floor(Math.random() * 2 ** 32);
+  const seed = draw();
   const made = text ? { ...held({ ...body, seed }, text), key } : { body: { ...body, seed }, key, pins };
   const asked = body.messages.at(-1).content;
   const words = typeof asked === "string" ? asked : asked.at(-1).text;
