@@ -91,6 +91,7 @@ def capture(browser: Browser, address: str, file: Path) -> float:
     for number in range(12, pins.count()):
         pins.nth(number).press("Space")
     page.wait_for_timeout(500)
+    page.locator("#seed").evaluate("field => (field.value = 3)")
     answer.get_by_role("button", name="Write these anew").click()
     again = page.locator("#log .answer").last
     expect(again).not_to_have_attribute("aria-busy", "true", timeout=30_000)

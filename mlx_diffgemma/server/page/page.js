@@ -663,7 +663,7 @@ function example({ prompt, seed }) {
 function again({ detail: { answer, text } }) {
   if (!$("stop").hidden) return;
   const { body, key, pins } = answer.request;
-  const seed = draw();
+  const seed = number("seed") ?? draw();
   const made = text ? { ...held({ ...body, seed }, text), key } : { body: { ...body, seed }, key, pins };
   const asked = body.messages.at(-1).content;
   const words = typeof asked === "string" ? asked : asked.at(-1).text;
