@@ -4,7 +4,7 @@ Reading refuses keys it does not know, because a renamed key that silently becom
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from .errors import ConfigError
 from .values import (
@@ -26,6 +26,7 @@ from .values import (
 RELEASED = "google/diffusiongemma-26B-A4B-it"
 SLIDING, FULL = "sliding_attention", "full_attention"
 WHERE = "config.json"
+PictureMask = Literal["transformers", "gemma4"]  # who sees whom in a prompt with pictures: see model/blocks
 
 # Keys that stand beside the architecture and do not change the maths of the text model, by the reason why.
 HARMLESS: dict[str, str] = {

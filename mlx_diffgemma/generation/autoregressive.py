@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import ConfigError
+from ..model.blocks import Block
 from ..model.cache import PrefixCache
 from ..model.network import Network
 from . import vocabulary
@@ -42,11 +43,12 @@ def generate(
     pauses: Sequence[int],
     reader: Reader,
     guides: Guides,
+    pictures: Sequence[Sequence[Block]] = (),
 ) -> Iterator[Event]:
     """`engine.generate` with settings.decoding "autoregressive". Closing the iterator stops within a token.
     Errors, before any work: PromptError for an empty prompt, or one that fills the context or the cache."""
     count = count_tokens(network, prompts, settings)
-    run = _Run(count, guides, network, prompts, settings, noise, reader, ROOM, cache)
+    run = _Run(count, guides, network, prompts, settings, noise, reader, ROOM, cache, pictures)
     run.reserve(count)
     return run.events(pauses)
 

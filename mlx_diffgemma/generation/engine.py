@@ -23,6 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError, ConfigError
+from ..model.blocks import Block
 from ..model.cache import PrefixCache
 from ..model.network import Network
 from . import autoregressive, sampler, vocabulary
@@ -45,36 +46,57 @@ def generate(
     pauses: Sequence[int] = (),
     reader: Reader | None = None,
     constraint: Constraint | Sequence[Constraint | None] | None = None,
+    pictures: Sequence[Sequence[Block]] = (),
 ) -> Iterator[Event]:
     """Generate for B prompts of ids at once; a shorter one is padded on its left, as transformers does.
 
     A `cache` that already holds the first tokens of the (single) prompt saves encoding those, and is written to; one
     of the Prefilled events comes when it holds exactly so many tokens as each of `pauses` says: there it can be forked.
+    `pictures` are every prompt's, in order: what they look like overwrites their ids, and no pause lies inside one.
     `reader` fills in texts and results. Rows go on with texts of the `constraint` alone, one for all or one a row.
     Closing the iterator stops within a step.
     Errors, before any work: PromptError for an empty prompt or one that leaves no room for a canvas, ConfigError for
     a canvas longer than the model's, or a constraint that these settings cannot meet.
     With settings.decoding "autoregressive" the same events come from the causal pass (see autoregressive.py).
     """
-    guides, tokens = Guides(constraint, len(prompts)), check(network, prompts, settings)
+    guides, tokens = Guides(constraint, len(prompts)), check(network, prompts, settings, pictures)
     guides.check(settings, network.config.vocab_size, tokens)
     if settings.decoding == "autoregressive":
         return autoregressive.generate(
-            network, prompts, settings, noise, cache=cache, pauses=pauses, reader=reader or NoReader(), guides=guides
+            network,
+            prompts,
+            settings,
+            noise,
+            cache=cache,
+            pauses=pauses,
+            reader=reader or NoReader(),
+            guides=guides,
+            pictures=pictures,
         )
     length = settings.canvas_length or network.config.canvas_length
     canvases = count_canvases(network, prompts, settings, length)
-    run = _Run(length, guides, network, prompts, settings, noise, reader or NoReader(), length, cache)
+    run = _Run(length, guides, network, prompts, settings, noise, reader or NoReader(), length, cache, pictures)
     run.reserve((canvases - 1) * length)
     return run.events(canvases, pauses)
 
 
-def check(network: Network, prompts: list[list[int]], settings: GenerationConfig) -> int:
+def check(
+    network: Network,
+    prompts: list[list[int]],
+    settings: GenerationConfig,
+    pictures: Sequence[Sequence[Block]] = (),
+) -> int:
     """The most tokens that a row can get. Errors: as `generate` has them."""
+    _check_pictures(settings, pictures)
     if settings.decoding == "autoregressive":
         return autoregressive.count_tokens(network, prompts, settings)
     length = settings.canvas_length or network.config.canvas_length
     return min(settings.max_tokens, count_canvases(network, prompts, settings, length) * length)
+
+
+def _check_pictures(settings: GenerationConfig, pictures: Sequence[Sequence[Block]]) -> None:
+    if settings.picture_mask != GenerationConfig.picture_mask and not any(pictures):
+        raise ConfigError("picture_mask would do nothing: the prompt has no picture.")
 
 
 def room(settings: GenerationConfig, canvas_length: int) -> int:

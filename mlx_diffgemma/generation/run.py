@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import ConfigError, PromptError
+from ..model.blocks import Block, Spans, chunk_end
 from ..model.cache import PrefixCache
 from ..model.network import Network
 from .events import CanvasRow, Finished, Prefilled, Reader, Statistics
@@ -86,12 +87,16 @@ class Run:
         reader: Reader,
         room: int,
         cache: PrefixCache | None,
+        pictures: Sequence[Sequence[Block]] = (),
     ):
         self.network, self.settings, self.noise, self.reader = network, settings, noise, reader
         longest = max(map(len, prompts))
         padding = [longest - len(prompt) for prompt in prompts]
         padded = [[settings.pad_token_id] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
         self.padded = mx.array(padded, mx.int32)  # [B, P]
+        rows = zip(padding, pictures or [()] * len(prompts), strict=True)
+        self.pictures = [[replace(p, start=p.start + pad, stop=p.stop + pad) for p in row] for pad, row in rows]
+        self.spans: list[Spans] = [[(p.start, p.stop) for p in row] for row in self.pictures]
         self.prompt_tokens = sum(map(len, prompts))
         if cache is not None and not cache.length < longest:
             raise PromptError(
@@ -116,12 +121,27 @@ class Run:
         while self.cache.length < total:
             end = min(self.cache.length + self.settings.prefill_step_size, total)
             end = min((pause for pause in pauses if self.cache.length < pause < end), default=end)
-            self.encode(self.padded[:, self.cache.length : end], last=end == total)
+            end = chunk_end(self.cache.length, end, self.spans)
+            self.encode(*self._inputs(self.cache.length, end), last=end == total)
             yield Prefilled(tokens=end, total=total)
 
-    def encode(self, ids: mx.array, *, last: bool = True) -> mx.array:
-        """Add ids [B, T] to the prefix → hidden states [B, T, H]. Its `last` one is kept if it will be needed."""
-        hidden = self.network.encode(ids, self.cache)
+    def _inputs(self, start: int, end: int) -> tuple[mx.array, Sequence[Spans]]:
+        """The prompt's tokens `start` … `end` − 1 as the network takes them: ids [B, T], or, with the soft tokens of
+        the pictures among them, embeddings [B, T, H]; and where in every row those are."""
+        ids = self.padded[:, start:end]
+        here = [[picture for picture in row if start <= picture.start < end] for row in self.pictures]
+        if not any(here):
+            return ids, ()
+        x = self.network.embed(ids)
+        for row, pictures in enumerate(here):
+            for picture in pictures:
+                x[row, picture.start - start : picture.stop - start] = picture.features().astype(x.dtype)
+        return x, [[(picture.start - start, picture.stop - start) for picture in row] for row in here]
+
+    def encode(self, inputs: mx.array, blocks: Sequence[Spans] = (), *, last: bool = True) -> mx.array:
+        """Add ids [B, T], or embeddings [B, T, H] with `blocks`, to the prefix → hidden states [B, T, H]. Its `last`
+        one is kept if it will be needed."""
+        hidden = self.network.encode(inputs, self.cache, blocks, self.settings.picture_mask)
         self.last = hidden[:, -1:] if last and self.settings.needs_last_hidden else None
         mx.eval(self.cache.state, *([] if self.last is None else [self.last]))
         return hidden

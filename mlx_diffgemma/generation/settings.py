@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, get_args
 
-from ..config import IDS
+from ..config import IDS, PictureMask
 from ..errors import ConfigError
 from ..values import Field, Table, either, flag, integer, many, nearest, number, one_of, optional, shown
 
@@ -49,6 +49,7 @@ class GenerationOptions(TypedDict, total=False):
     logprobs: bool | int
     best_of: int
     retries: int
+    picture_mask: PictureMask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,7 @@ class GenerationConfig:
     logprobs: bool | int = False  # of every token; a number: with so many of the likeliest at each place
     best_of: int = 1  # answers drawn in one batch; the one with the best mean log-probability is given
     retries: int = 0  # more answers, while a token of the best one is less likely than RETRY_BELOW
+    picture_mask: PictureMask = "transformers"  # who sees whom in a picture, see model/blocks; "gemma4": Google's code
 
     def __post_init__(self) -> None:
         for option in OPTIONS.fields:
@@ -189,9 +191,9 @@ class GenerationConfig:
         """The options in force that make a run differ from the reference algorithm; autoregressive: from the plain draw
         of every token by its probability, without those that say how tokens are drawn."""
         names = ["canvas_length", "temperature", "greedy", "avoid_empty", "free_signal", "stable_answer"]
-        names += ["best_of", "retries"]
+        names += ["best_of", "retries", "picture_mask"]
         if self.decoding == "autoregressive":
-            names = ["avoid_empty", "best_of"]
+            names = ["avoid_empty", "best_of", "picture_mask"]
         return {name: value for name in names if (value := getattr(self, name)) != _default(name)}
 
 
@@ -228,6 +230,7 @@ OPTIONS = Table(
     Field("min_p", number(least=0, most=1)),
     Field("logprobs", either(flag, integer(least=1, most=MOST_LOGPROBS))),
     Field("best_of", integer(least=1, most=1000)),
+    Field("picture_mask", one_of(*get_args(PictureMask))),
     Field("retries", integer(least=0, most=1000)),
 )
 _KINDS = {option.name: option.kind for option in OPTIONS.fields}

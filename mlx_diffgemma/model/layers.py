@@ -3,7 +3,7 @@
 Every projection reads and writes the model's dtype; norms, router weights and softmaxes work in float32 inside.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import mlx.core as mx
@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..config import LayerConfig, ModelConfig
+from .blocks import BlockMask
 from .expert_linear import ExpertLinear, QuantizedExpertLinear
 from .masks import Mask, WholeMask, Window
 from .tuning import DEFAULT, Tuning
@@ -176,6 +177,9 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, tuni
     """
     length, total = queries.shape[2], keys.shape[2]
     most = max(tuning.scores // (queries.shape[1] * total * queries.dtype.size), 1)  # queries at once
+    if isinstance(mask, tuple):
+        rows = [slice(i, i + 1) for i in range(len(mask))]
+        return mx.concatenate([_attend_row(queries[i], keys[i], values[i], mask[i.start], most) for i in rows])
     if isinstance(mask, Window):
         step = min(most, max(mask.window // 4, 1)) if tuning.skip_hidden_keys else length
         pieces = list(mask.pieces(step))
@@ -185,6 +189,22 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, tuni
         group = queries.shape[1] // keys.shape[1] if _is_same_for_all(mask) else 1
         runs = _equal_runs(length, most, max(ROWS // group, 1))
         pieces = [_piece(mask, length, total, start, stop) for start, stop in runs]
+    return _attend_pieces(queries, keys, values, pieces)
+
+
+def _attend_row(queries: mx.array, keys: mx.array, values: mx.array, mask: BlockMask, most: int) -> mx.array:
+    """One row that holds pictures; what is padding sees nothing, and nothing sees it."""
+    step = most if mask.window is None else min(most, max(mask.window // 4, 1))
+    padding = [mx.zeros((*queries.shape[:2], mask.skipped, queries.shape[3]), queries.dtype)] if mask.skipped else []
+    if mask.skipped == mask.length:
+        return padding[0]
+    return mx.concatenate([*padding, _attend_pieces(queries, keys, values, mask.pieces(step))], axis=2)
+
+
+Pieces = Iterable[tuple[slice, slice, WholeMask]]  # queries, the keys they see, the mask between the two
+
+
+def _attend_pieces(queries: mx.array, keys: mx.array, values: mx.array, pieces: Pieces) -> mx.array:
     outputs: list[mx.array] = []
     for rows, columns, part in pieces:
         q = mx.depends(queries[:, :, rows], outputs[-1:]) if outputs else queries[:, :, rows]  # not all at once

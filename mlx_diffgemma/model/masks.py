@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from .blocks import BlockMask
+
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
@@ -37,7 +39,7 @@ class Window:
 
 
 WholeMask = mx.array | str | None  # as MLX takes it
-Mask = WholeMask | Window
+Mask = WholeMask | Window | tuple[BlockMask, ...]  # the last: one a row, where rows hold pictures
 
 
 def causal(length: int, *, visible: int, position: int, window: int | None, padding: mx.array | None) -> Mask:

@@ -4,15 +4,16 @@ canvas and the prefix in both directions and leaves nothing behind.
 The two share everything but one scalar per layer (transformers DiffusionGemmaModel).
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..config import ModelConfig
+from ..config import ModelConfig, PictureMask
 from . import masks
+from .blocks import BlockMask, Spans
 from .cache import LayerCache, PrefixCache
 from .layers import Layer, Memory, SelfConditioning
 from .supply import Resident, Supply
@@ -79,15 +80,36 @@ class Network(nn.Module):
         """Ids [B, T] → embeddings [B, T, H], scaled by sqrt(H) rounded to their dtype."""
         return scaled(self.decoder.embed_tokens(ids))
 
-    def encode(self, inputs: mx.array, cache: PrefixCache) -> mx.array:
+    def encode(
+        self,
+        inputs: mx.array,
+        cache: PrefixCache,
+        blocks: Sequence[Spans] = (),
+        picture_mask: PictureMask = "transformers",
+    ) -> mx.array:
         """Read ids [B, T], or embeddings [B, T, H], behind the prefix and add them to it.
 
+        `blocks` says of every row where among these T tokens a picture's begin and end: whole ones, in order.
         Returns hidden states [B, T, H] after the last norm; they cost nothing unless they are evaluated.
         """
         x = inputs if inputs.ndim == 3 else self.embed(inputs)
         scalars = [layer.layer_scalar for layer in self.encoder.language_model.layers]
+        padding = _counts(cache, x.shape[0]) if any(blocks) else []
 
         def mask(layer: LayerCache) -> masks.Mask:
+            if any(blocks):
+                beyond = cache.length - layer.length  # positions that the layer has let go
+                return tuple(
+                    BlockMask(
+                        length=x.shape[1],
+                        visible=layer.length,
+                        hidden=max(padded - beyond, 0),
+                        window=layer.window,
+                        spans=spans,
+                        kind=picture_mask,
+                    )
+                    for padded, spans in zip(padding, blocks, strict=True)
+                )
             return masks.causal(
                 x.shape[1],
                 visible=layer.length,
@@ -142,6 +164,11 @@ class Network(nn.Module):
         """Softcapped float32 logits [B, L, V] of one denoising step (transformers forward); for tests and tools."""
         signal = None if self_conditioning_logits is None else self.soft_embedding(self_conditioning_logits)
         return self.head(self.denoise(canvas, cache, signal))
+
+
+def _counts(cache: PrefixCache, rows: int) -> list[int]:
+    """Padding tokens in front of every row."""
+    return [0] * rows if cache.padding is None else cast(list[int], cache.padding.tolist())
 
 
 def leaves(tree: dict[str, Any]) -> dict[str, mx.array]:
