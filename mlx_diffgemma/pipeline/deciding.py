@@ -15,7 +15,7 @@ from ..generation import engine, labels
 from ..generation.noise import SeededNoise
 from ..model.memory import weight_bytes
 from ..text.gate import check_text
-from ..values import flag, integer, nearest
+from ..values import flag, integer, nearest, optional
 from .fitting import check_memory
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ def decide(
     for name, flag_ in (("orders", orders), ("calibrate", calibrate)):
         flag.read(flag_, name)
     integer().read(seed, "seed")
+    optional(integer(least=1)).read(canvas_length, "canvas_length")
     check_text(template, "template")
     if not check_text(state, "the state").strip():
         raise PromptError("the state is empty: there is nothing to decide about.")

@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -270,7 +270,8 @@ class Journal:
         """Let another process have it; one that holds nothing yet disappears."""
         if self.head:  # nothing was written
             self.path.unlink(missing_ok=True)
-        self.file.close()
+        with suppress(OSError):  # what was written is on disk; what was not has been said
+            self.file.close()
 
     def add(self, replies: list[tuple[int, dict[str, Any]]]) -> None:
         """Lines that are done, with their numbers: all of them or, if the process is killed, none."""
