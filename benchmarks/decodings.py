@@ -1,11 +1,12 @@
 """Both decodings, the causal pass as a judge, other seeds and earlier ends, on the built-in model's tasks.
 
-    python -m benchmarks.decodings [--count 60] [--seeds 0,1] [--kinds easy,sudoku,search,doubles,structured,noised]
-                                   [--out FILE.json]
+    python -m benchmarks.decodings [--count 60] [--seeds 0,1] [--kinds easy,long,sudoku,search,doubles,structured,
+                                   noised,noised more,long noised] [--settings diffusion;…] [--out FILE.json]
 
-easy: the held-out tasks · sudoku: 12–18 of 36 cells given, solved by singles · search: 12–15 given, one solution, not
-by singles · doubles: lists with repeated names · structured: templates never seen, and JSON of two records with four
-fields · noised: the easy questions, every weight matrix + 0.25 × its RMS × N(0, 1).
+easy: the held-out tasks, answers within one canvas · long: those that need two or more · sudoku: 12–18 of 36 cells
+given, solved by singles · search: 12–15 given, one solution, not by singles · doubles: lists with repeated names ·
+structured: templates never seen, and JSON of two records with four fields · noised: the easy questions, every weight
+matrix + 0.25 × its RMS × N(0, 1), and "more": 0.35 · long noised: 0.25.
 
 Right means letter by letter. Intervals are 95 %, by bootstrap over questions: answers to one question are no
 independent samples. AUROC: how often a right answer is ranked above a wrong one.
@@ -13,6 +14,7 @@ independent samples. AUROC: how often a right answer is ranked above a wrong one
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from mlx_diffgemma.pipeline.model import DiffusionGemma
 from mlx_diffgemma.pipeline.results import Result
 
 BATCH = 20
+CANVAS = 48  # the built-in model's; a stop id belongs to it, too
 SETTINGS: dict[str, dict[str, Any]] = {
     "diffusion": {"logprobs": True},
     "autoregressive, greedy": {"decoding": "autoregressive", "greedy": True},
@@ -49,8 +52,24 @@ NEW_TEMPLATES = (
 
 
 def easy(seed: int, count: int) -> Iterator[train_demo.Example]:
-    yield from train_demo.structured(seed, count - count // 5)
-    yield from train_demo.sudoku(seed, count // 5)
+    """As many of each of the five tasks."""
+    each = count // 5
+    for task in ("json", "table", "sort names", "template"):
+        yield from islice(_held_out(seed, {task}, long=False), each)
+    yield from train_demo.sudoku(seed, count - 4 * each)
+
+
+def long(seed: int, count: int) -> Iterator[train_demo.Example]:
+    """JSON of several records, and templates for several names."""
+    return islice(_held_out(seed, {"json", "template"}, long=True), count)
+
+
+def _held_out(seed: int, tasks: set[str], *, long: bool) -> Iterator[train_demo.Example]:
+    """Questions of these tasks, without end, whose answers fill more than a canvas or do not."""
+    tokenizer = load(BUILT_IN).tokenizer
+    for example in train_demo.structured(seed, 1 << 30):
+        if example.task in tasks and (len(tokenizer.encode(example.answer)) >= CANVAS) == long:
+            yield example
 
 
 def sudoku(seed: int, count: int) -> Iterator[train_demo.Example]:
@@ -130,18 +149,24 @@ def _value(rng: random.Random, field: str) -> str | int:
     return rng.choice(train_demo.WORDS[field]) if field in train_demo.WORDS else rng.randint(10, 99)
 
 
-KINDS: dict[str, Callable[[int, int], Iterator[train_demo.Example]]] = {
-    "easy": easy,
-    "sudoku": sudoku,
-    "search": search,
-    "doubles": doubles,
-    "structured": structured,
-    "noised": easy,
+Questions = Callable[[int, int], Iterator[train_demo.Example]]  # a seed and how many
+KINDS: dict[str, tuple[Questions, float, int]] = {  # and of the noise on the weights the scale and the seed
+    "easy": (easy, 0.0, 0),
+    "long": (long, 0.0, 0),
+    "sudoku": (sudoku, 0.0, 0),
+    "search": (search, 0.0, 0),
+    "doubles": (doubles, 0.0, 0),
+    "structured": (structured, 0.0, 0),
+    "noised": (easy, 0.25, 0),
+    "noised more": (easy, 0.35, 1),
+    "long noised": (long, 0.25, 1),
 }
 
 
 def noised(model: DiffusionGemma, scale: float, seed: int) -> DiffusionGemma:
     """Every matrix, embedding and router too, + scale × its RMS × N(0, 1)."""
+    if not scale:
+        return model
     changed = []
     parameters: Any = tree_flatten(model.network.parameters())
     for number, (name, value) in enumerate(parameters):
@@ -218,10 +243,9 @@ def auroc(values: np.ndarray, right: np.ndarray) -> float | None:
 def main(count: int, seeds: str, kinds: str, names: str, out: Path | None) -> None:
     found: dict[str, Any] = {}
     for kind in kinds.split(","):
-        model = load(BUILT_IN)
-        if kind == "noised":
-            noised(model, 0.25, 0)
-        examples = list(KINDS[kind](train_demo.HELD_OUT_SEED + 1, count))
+        questions, scale, noise_seed = KINDS[kind]
+        model = noised(load(BUILT_IN), scale, noise_seed)
+        examples = list(questions(train_demo.HELD_OUT_SEED + 1, count))
         for name in names.split(";"):
             chosen = [int(seed) for seed in seeds.split(",")]
             found.setdefault(kind, {})[name] = measure(model, examples, chosen, SETTINGS[name])

@@ -4,7 +4,7 @@
 
     recipes   what each recipe makes of the released shapes: computed
     macs      the most bits that fit a Mac: computed
-    roofline  which recipe for which Mac, and how fast it may be: computed (benchmarks/roofline.py)
+    roofline  which recipe for which Mac, and how fast either decoding may be: computed (benchmarks/roofline.py)
     reach     how fast small Macs may be when experts are streamed: computed (benchmarks/reach.py)
     step      our step beside mlx-vlm's: from benchmarks/results/step.json; empty while there is no such file
     quality   what each recipe keeps of the built-in model: likewise from recipes.json
@@ -34,7 +34,8 @@ PLACES = {
     common.ROOT / "docs" / "getting-started.md": ("macs",),
     common.ROOT / "docs" / "conversion.md": ("recipes",),
     common.ROOT / "docs" / "reach.md": ("reach",),
-    common.ROOT / "docs" / "measured.md": ("roofline", "step", "quality"),
+    common.ROOT / "docs" / "measured.md": ("step", "quality"),
+    common.ROOT / "README.md": ("roofline",),
     common.ROOT / "benchmarks" / "README.md": ("ideas",),
 }
 

@@ -33,6 +33,7 @@ CHUNK = 2048  # prompt tokens read at a time
 BY_QUALITY = ("q8", "q6", "q4")  # more bits settle in fewer steps; bf16 was never found better than q8
 PROMPT = 8192  # tokens of the prompt whose cost is shown
 TABLE_PREFIX = 32_768  # what the table of Macs leaves room for
+STARTS = 0.003  # seconds a token beside its bytes, on any Mac: a thousand small kernels; chosen by eye on macs.toml
 PROMISED, PROMISED_STEP = 18_000_000_000, 300_000_000  # the launch's 18 GB; bytes beside weights and prefix
 
 
@@ -79,6 +80,12 @@ def step(model: Model, *, canvas: int | None = None, prefix: int = 0) -> list[Pa
         Part(name="head", **product),
         Part(name="signal", **product),
     ]
+
+
+def token(model: Model, prefix: int = 0) -> list[Part]:
+    """One token of autoregressive decoding: the causal pass over one position, and the head."""
+    table = model.sizes["embedding"]
+    return [*_layers(model, 1, prefix, causal=True), _dense("head", table, 1)]
 
 
 def encode(model: Model, tokens: int, prefix: int = 0) -> list[Part]:
@@ -173,12 +180,17 @@ def tokens_per_second(model: Model, chip: Chip, steps: float, *, prefix: int = 1
     return model.config.canvas_length / (steps * bound(step(model, prefix=prefix), chip) + commit)
 
 
+def break_even(seconds_per_step: float, seconds_per_commit: float, seconds_per_token: float, canvas: int) -> float:
+    """Steps at which a full canvas takes as long as its tokens one by one; with fewer the canvas is faster."""
+    return (canvas * seconds_per_token - seconds_per_commit) / seconds_per_step
+
+
 # -------------------------------------------------------------------------------------------------------------- Macs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """A figure somebody published: seconds a step, tokens a second of an answer, or of a prompt."""
+    """A figure somebody published: seconds a step, tokens a second of an answer, of a prompt, or token by token."""
 
     chip: str
     software: str
@@ -197,6 +209,8 @@ class Measurement:
             return f"step, canvas {self.canvas}"
         if self.kind == "prefill":
             return f"prompt of {self.tokens}"
+        if self.kind == "token":
+            return "token by token"
         return f"{self.tokens} tokens, {self.steps} steps"
 
     def bound(self, model: Model, chip: Chip) -> float:
@@ -205,16 +219,22 @@ class Measurement:
             return bound(step(model, canvas=self.canvas, prefix=256), chip)
         if self.kind == "prefill":
             return self.tokens / bound(prefill(model, self.tokens), chip)
+        if self.kind == "token":
+            return 1 / bound(token(model, prefix=256), chip)
         return self.tokens / answer_seconds(model, chip, steps=self.steps, canvases=self.canvases, prefix=256)
 
     def share(self, model: Model, chip: Chip) -> float:
-        """How much of the bound was reached, 0 … 1."""
+        """How much of the bound was reached, 0 … 1; of a token without the start of its kernels."""
         limit = self.bound(model, chip)
+        if self.kind == "token":
+            return 1 / limit / (1 / self.value - STARTS)
         return limit / self.value if self.kind == "step" else self.value / limit
 
     def forecast(self, model: Model, chip: Chip, efficiency: float) -> float:
         """The figure at a given efficiency."""
         limit = self.bound(model, chip)
+        if self.kind == "token":
+            return 1 / (1 / limit / efficiency + STARTS)
         return limit / efficiency if self.kind == "step" else limit * efficiency
 
 
@@ -242,9 +262,10 @@ class Macs:
             )
         return cls(chips=chips, measurements=tuple(Measurement(**m) for m in values["measurement"]))
 
-    def efficiencies(self, models: dict[str, Model]) -> dict[str, float]:
-        """Per class of GPU, the share of the bound that its fitted measurement reached."""
-        fitted = (m for m in self.measurements if m.fitted)
+    def efficiencies(self, models: dict[str, Model], *, tokens: bool = False) -> dict[str, float]:
+        """Per class of GPU, the share of the bound that its fitted measurement reached: by canvases, or by `tokens`,
+        where memory is the limit and not the products."""
+        fitted = (m for m in self.measurements if m.fitted and (m.kind == "token") == tokens)
         return {self.chips[m.chip].calibration: m.share(models[m.recipe], self.chips[m.chip]) for m in fitted}
 
 
@@ -300,11 +321,11 @@ def memory_terms(model: Model, prefix: int, step_bytes: int) -> dict[str, int]:
 
 def check(macs: Macs, models: dict[str, Model]) -> list[dict[str, Any]]:
     """Every published measurement with its bound, its forecast at the fitted efficiency, and the forecast's error."""
-    efficiencies = macs.efficiencies(models)
+    efficiencies = {tokens: macs.efficiencies(models, tokens=tokens) for tokens in (False, True)}
     documents = []
     for m in macs.measurements:
         chip, model = macs.chips[m.chip], models[m.recipe]
-        forecast = m.forecast(model, chip, efficiencies[chip.calibration])
+        forecast = m.forecast(model, chip, efficiencies[m.kind == "token"][chip.calibration])
         figures = {"bound": m.bound(model, chip), "forecast": forecast, "reached": m.share(model, chip)}
         documents.append(asdict(m) | figures | {"workload": m.workload(), "error": forecast / m.value - 1})
     return documents
@@ -362,22 +383,82 @@ README_MACS = (  # chip, and GB of memory
     ("M5 Pro", 48),
     ("M5 Max, 40 cores", 64),
 )
-README_HEADER = ["Mac", "memory", "recipe", "s a step", "tokens/s"]
+README_HEADER = [
+    "Mac",
+    "memory",
+    "recipe",
+    "canvas: s a step",
+    "tokens/s",
+    "token by token: tokens/s",
+    "canvas pays below",
+]
 README_STEPS = (15, 12)  # of a canvas, as is typical
 
 
 def readme_rows(macs: Macs, models: dict[str, Model]) -> list[list[object]]:
-    """The short table of Macs: what fits as macOS comes (`*`: after raising the limit), and its likely speed."""
-    efficiencies = macs.efficiencies(models)
+    """The short table of Macs: what fits as macOS comes (`*`: after raising the limit), and both decodings' likely
+    speeds."""
     needs = {n: memory_needed(models[n].config, models[n].weight_bytes, TABLE_PREFIX) for n in BY_QUALITY}
+    efficiencies, by_token = macs.efficiencies(models), macs.efficiencies(models, tokens=True)
     rows: list[list[object]] = []
     for name, memory in README_MACS:
         chip, recipe = macs.chips[name], choose(memory, needs) or ""
-        model, efficiency = models[recipe.rstrip("*")], efficiencies[chip.calibration]
-        seconds = bound(step(model, prefix=1024), chip) / efficiency
-        slow, fast = (tokens_per_second(model, chip, steps) * efficiency for steps in README_STEPS)
-        rows.append([name, f"{memory} GB", f"`{recipe}`", f"{seconds:.2f}", f"{slow:.0f} – {fast:.0f}"])
+        likely = Likely.of(models[recipe.rstrip("*")], chip, efficiencies, by_token)
+        slow, fast = (likely.tokens_per_second(steps) for steps in README_STEPS)
+        speeds = [f"{likely.step:.2f}", f"{slow:.0f} – {fast:.0f}", f"{1 / likely.token:.0f}"]
+        rows.append([name, f"{memory} GB", f"`{recipe}`", *speeds, f"{likely.break_even:.0f} steps"])
     return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likely:
+    """Seconds that a model likely takes on a chip behind 1,024 tokens, by the efficiencies of the chip's class."""
+
+    step: float
+    commit: float
+    token: float
+    canvas: int  # tokens
+
+    @classmethod
+    def of(cls, model: Model, chip: Chip, efficiencies: dict[str, float], by_token: dict[str, float]) -> "Likely":
+        efficiency, length = efficiencies[chip.calibration], model.config.canvas_length
+        return cls(
+            step=bound(step(model, prefix=1024), chip) / efficiency,
+            commit=bound(encode(model, length, 1024), chip) / efficiency,
+            token=bound(token(model, prefix=1024), chip) / by_token[chip.calibration] + STARTS,
+            canvas=length,
+        )
+
+    def tokens_per_second(self, steps: float) -> float:
+        """Of full canvases, all of them committed."""
+        return self.canvas / (steps * self.step + self.commit)
+
+    @property
+    def break_even(self) -> float:
+        return break_even(self.step, self.commit, self.token, self.canvas)
+
+
+PUBLISHED_HEADER = ["chip", "recipe", "tokens/s", "s a step", "break-even: published", "forecast"]
+
+
+def break_even_table(macs: Macs, models: dict[str, Model]) -> list[list[object]]:
+    """Where both decodings were published for a chip, with as many bits: the break-even, and its forecast.
+    The commits were not published; the likely ones stand in for them."""
+    efficiencies, by_token = macs.efficiencies(models), macs.efficiencies(models, tokens=True)
+    rows: list[list[object]] = []
+    steps = [m for m in macs.measurements if m.kind == "step" and m.canvas == 256]
+    for a, b in ((a, b) for a in steps for b in macs.measurements if b.kind == "token"):
+        if a.chip == b.chip and _bits(a.recipe) == _bits(b.recipe):
+            likely = Likely.of(models[a.recipe], macs.chips[a.chip], efficiencies, by_token)
+            told = break_even(a.value, likely.commit, 1 / b.value, likely.canvas)
+            rows.append([a.chip, a.recipe, b.value, a.value, f"{told:.1f}", f"{likely.break_even:.1f}"])
+    return rows
+
+
+def _bits(recipe: str) -> int:
+    """Of an expert's weight."""
+    base = load_recipe(recipe).base
+    return base.bits if base else 8 * ITEM
 
 
 def readme_section() -> str:
@@ -388,10 +469,13 @@ def readme_section() -> str:
     errors = sorted(abs(c["error"]) for c in check(macs, models) if not c["fitted"])
     few, many = sorted(README_STEPS)
     note = (
-        f"The most bits that fit with {TABLE_PREFIX // 1024}K tokens of context (`*`: after raising the limit), and the"
-        f" speed at {few} to {many} steps a canvas:\na model of arithmetic and bandwidth, checked against"
-        f" {len(errors)} published measurements (median error {errors[len(errors) // 2]:.0%}), not measured here.\n"
-        "More: `python -m benchmarks.roofline`."
+        f"The most bits that fit with {TABLE_PREFIX // 1024}K tokens of context (`*`: after raising the limit). Both"
+        " ways to write with the same weights: a\n"
+        f"canvas of 256 tokens at a time, here at {few} to {many} steps each, and token by token. A full canvas is"
+        " the faster one while it settles in fewer\n"
+        "steps than the last column says; an answer that fills a part of it, in as much fewer. A model of arithmetic"
+        f" and bandwidth, checked against\n{len(errors)} published measurements (median error"
+        f" {errors[len(errors) // 2]:.0%}), not measured here: `python -m benchmarks.roofline`."
     )
     return f"{common.table(readme_rows(macs, models), README_HEADER)}\n\n{note}"
 
@@ -412,8 +496,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     terms = _report_promise(models["q4"])
     checks = check(macs, models)
     common.report(check_table(checks), CHECK_HEADER, "Published measurements, the bound, and forecasts")
+    common.report(break_even_table(macs, models), PUBLISHED_HEADER, "Below so many steps a full canvas is faster")
     common.report(mac_table(macs, models, TABLE_PREFIX), MAC_HEADER, "Which recipe for which Mac")
     document = {"limits": limits, "memory": terms, "efficiency": macs.efficiencies(models), "checks": checks}
+    document["efficiency_by_token"] = macs.efficiencies(models, tokens=True)
     common.finish(common.provenance() | document, options.out)
 
 

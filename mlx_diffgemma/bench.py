@@ -5,12 +5,13 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import command, model_options, open_model
+from .cli import Option, command, model_options, open_model
 from .disk import existing_file, new_file, replacing
 from .errors import ConfigError, PromptError
 from .readers import read_json
@@ -43,7 +44,7 @@ WITHOUT = {  # exact ideas that can be left out for comparison, and what takes t
 }
 WAITED = 0.1  # share of the time that computing may wait before the disk is called the limit
 FIGURES = {  # key → what it is called in a table
-    "seconds_to_first_canvas": "first canvas, s",
+    "seconds_to_first_canvas": "first text, s",
     "prefill_tokens_per_second": "prefill, tokens/s",
     "steps_per_canvas": "steps a canvas",
     "seconds_per_step": "a step, s",
@@ -62,6 +63,9 @@ FIGURES = {  # key → what it is called in a table
 @click.option("--output", metavar="FILE", default="bench.json", show_default=True, help="Where the figures go.")
 @click.option("--steps", is_flag=True, help="Take a step to pieces too: parts, limits, products, one after a pause.")
 @click.option("--pause", type=click.FloatRange(0), default=60.0, show_default=True, help="Seconds, for --steps.")
+@click.option(
+    "--decodings", is_flag=True, cls=Option, section="Both decodings", help="Answer the prompts token by token as well."
+)
 @click.option("--report", metavar="FILE", help="Measure nothing: print a file of figures as a text for an issue.")
 @click.option("--compare", nargs=2, metavar="A.json B.json", help="Measure nothing: print two files side by side.")
 def main(
@@ -72,6 +76,7 @@ def main(
     output: str,
     steps: bool,
     pause: float,
+    decodings: bool,
     report: str | None,
     compare: tuple[str, str] | None,
 ) -> None:
@@ -92,13 +97,20 @@ def main(
     found: dict[str, Any] = {}
     leave_out(loaded, without)
     prompts = PROMPTS if only or "model" in source else own_prompts()
+    by_token: dict[str, Any] = {}
     for name in only or prompts:
-        click.echo(f"{name}: {repeat + 1} runs …", err=True)
+        click.echo(f"{name}: {(repeat + 1) * (1 + decodings)} runs …", err=True)
         try:
-            found[name] = measure(loaded, *prompts[name], repeat)
+            runs = repeated(loaded, *prompts[name], repeat)
+            found[name] = medians(runs)
+            if decodings:
+                other = repeated(loaded, *prompts[name], repeat, decoding="autoregressive", greedy=True)
+                by_token[name] = medians(other) | {"agreement": agreement(runs, other)}
         except PromptError as error:  # a prompt longer than a small model's context
             found[name] = {"left_out": str(error)}
     figures: dict[str, Any] = about | memory() | {"without": list(without), "prompts": found}
+    if decodings:
+        figures["autoregressive"] = by_token
     if loaded.network.experts.streamed:
         figures["streaming"] = streaming(loaded, found)
     if steps:
@@ -107,7 +119,11 @@ def main(
         figures |= {"steps": take_apart(loaded, pause), "products": speeds(loaded.network)}
     with replacing(target, "w") as stream:
         stream.write(json.dumps(figures, indent=1) + "\n")
-    _table(figures)
+    if decodings:
+        _table(figures, figures | {"prompts": by_token}, names=("diffusion", "token by token, greedy"))
+        click.echo("\n".join(f"{name}: {run['agreement']:.0%} of the tokens alike" for name, run in by_token.items()))
+    else:
+        _table(figures)
     if steps:
         click.echo("\n".join(_steps_as_text(figures)))
     if "streaming" in figures:
@@ -232,13 +248,27 @@ def plain_tuning(tuning: "Tuning", without: tuple[str, ...]) -> "Tuning":
     return replace(tuning, **{field: value for name in without for field, value in changes[name].items()})
 
 
-def measure(model: "DiffusionGemma", prompt: str, tokens: int, repeat: int) -> dict[str, Any]:
-    """Medians over `repeat` runs, after one that is not counted; the figures of every run are kept beside them."""
-    runs = [_run(model, prompt, tokens, SEED + i) for i in range(-1, repeat)][1:]
-    return {key: statistics.median(run[key] for run in runs) for key in FIGURES} | {"runs": runs}
+Run = tuple[dict[str, Any], tuple[int, ...]]  # figures, and the answer's ids
 
 
-def _run(model: "DiffusionGemma", prompt: str, tokens: int, seed: int) -> dict[str, Any]:
+def repeated(model: "DiffusionGemma", prompt: str, tokens: int, repeat: int, **options: Any) -> list[Run]:
+    """`repeat` runs, after one that is not counted."""
+    return [_run(model, prompt, tokens, SEED + i, options) for i in range(-1, repeat)][1:]
+
+
+def medians(runs: list[Run]) -> dict[str, Any]:
+    """Medians over the runs; the figures of every run are kept beside them."""
+    told = [figures for figures, _ in runs]
+    return {key: statistics.median(figures[key] for figures in told) for key in FIGURES} | {"runs": told}
+
+
+def agreement(runs: list[Run], others: list[Run]) -> float:
+    """Share of tokens alike, in the same order, 0 … 1: twice the matching ones ÷ those of both; the mean over runs."""
+    pairs = zip(runs, others, strict=True)
+    return statistics.mean(SequenceMatcher(None, a, b, autojunk=False).ratio() for (_, a), (_, b) in pairs)
+
+
+def _run(model: "DiffusionGemma", prompt: str, tokens: int, seed: int, options: dict[str, Any]) -> Run:
     import mlx.core as mx
 
     from .generation.events import Committed, Finished
@@ -246,14 +276,14 @@ def _run(model: "DiffusionGemma", prompt: str, tokens: int, seed: int) -> dict[s
 
     mx.reset_peak_memory()
     begun, first, result = time.perf_counter(), 0.0, None
-    for event in model.stream(prompt, seed=seed, max_tokens=tokens):
+    for event in model.stream(prompt, seed=seed, max_tokens=tokens, **options):
         if isinstance(event, Committed):
             first = first or time.perf_counter() - begun
         elif isinstance(event, Finished):
             result = event.result
     assert result is not None  # the last event is Finished
     told = statistics_json(result.statistics)
-    return told | {
+    figures = told | {
         "seed": seed,
         "seconds": time.perf_counter() - begun,
         "seconds_to_first_canvas": first,
@@ -261,6 +291,7 @@ def _run(model: "DiffusionGemma", prompt: str, tokens: int, seed: int) -> dict[s
         "steps_per_canvas": statistics.mean(canvas.steps for canvas in result.canvases),
         "canvases": [{"steps": canvas.steps, "settled": canvas.settled} for canvas in result.canvases],
     }
+    return figures, result.tokens
 
 
 def describe(model: "DiffusionGemma", name: str | None) -> dict[str, Any]:

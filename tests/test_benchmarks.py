@@ -150,6 +150,25 @@ def test_tokens_per_second_are_canvases_over_steps_and_a_commit(models: dict[str
     assert roofline.bound(roofline.prefill(model, 4100), chip) == pytest.approx(sum(pieces))
 
 
+def test_a_token_reads_eight_experts_and_the_whole_table_once(models: dict[str, roofline.Model]) -> None:
+    parts = {part.name: part for part in roofline.token(models["q4"])}
+    assert parts["experts"].nbytes == pytest.approx(models["q4"].sizes["experts"].nbytes * 8 / 128)
+    assert parts["head"].nbytes == models["q4"].sizes["embedding"].nbytes
+    assert parts["head"].flops == 2 * HIDDEN * VOCABULARY
+    assert "signal" not in parts
+
+
+def test_a_canvas_at_the_break_even_takes_as_long_as_its_tokens(models: dict[str, roofline.Model]) -> None:
+    macs = roofline.Macs.read()
+    efficiencies = (macs.efficiencies(models), macs.efficiencies(models, tokens=True))
+    likely = roofline.Likely.of(models["q4"], macs.chips["M1 Ultra"], *efficiencies)
+    assert likely.break_even * likely.step + likely.commit == pytest.approx(256 * likely.token)
+    assert likely.tokens_per_second(likely.break_even) == pytest.approx(1 / likely.token)
+    published = roofline.break_even_table(macs, models)
+    assert len(published) >= 2
+    assert all(float(str(row[-1])) == pytest.approx(float(str(row[-2])), rel=0.25) for row in published)
+
+
 def test_keys_and_values_are_those_of_the_prefix_cache(config: ModelConfig, models: dict[str, roofline.Model]) -> None:
     terms = roofline.memory_terms(models["q4"], 32_768, 0)
     held = sum(nbytes for name, nbytes in terms.items() if name.startswith("keys and values"))

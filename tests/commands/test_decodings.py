@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from mlx_diffgemma import load
+from mlx_diffgemma import bench, load
 from mlx_diffgemma.chat import Talk
 from mlx_diffgemma.cli import main
 from mlx_diffgemma.errors import ConfigError, DiffGemmaError
@@ -105,7 +105,10 @@ def test_score(folder: str, model: DiffusionGemma, tmp_path: Path) -> None:
     long = run("score", "--model", folder, "-", text="x" * 600)
     assert long.exit_code == 1 and "the text is 601 tokens; the model's context is 512" in long.stderr
     assert "600 tokens" in run("score", "--model", folder, "--stride", "256", "-", text="x" * 600).stdout
-    for args, text, message in (("-", "", "the text is empty"), ("absent.txt", None, "absent.txt cannot be read")):
+    for args, text, message in (
+        ("-", "", "standard input is empty"),
+        ("absent.txt", None, "absent.txt cannot be read"),
+    ):
         refused = run("score", "--model", folder, args, text=text)
         assert refused.exit_code == 1 and message in refused.stderr
 
@@ -169,3 +172,21 @@ def test_the_last_frame_of_a_canvas_shows_its_log_probabilities(model: Diffusion
     assert lines[-1] == [(likelihood(result.avg_logprob), "status")]
     assert {style for line in lines[:-1] for _, style in line} <= {"", "doubted", "odd"}
     assert f"log-probability {likelihood(result.avg_logprob)}" in summary(result)
+
+
+def test_bench_measures_both_decodings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.json"
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["--repeat", "1", "--only", "fact", "--decodings", "--output", str(out)])
+    assert not stopped.value.code
+    figures = json.loads(out.read_text())
+    canvas, token = figures["prompts"]["fact"], figures["autoregressive"]["fact"]
+    assert token["runs"][0]["decoding"] == "autoregressive" and canvas["runs"][0]["decoding"] == "diffusion"
+    assert 0 <= token["agreement"] <= 1 and token["seconds_to_first_canvas"] > 0
+    shown = capsys.readouterr().out
+    assert "of the tokens alike" in shown
+
+
+def test_agreement_is_the_share_of_tokens_in_order() -> None:
+    assert bench.agreement([({}, (1, 2, 3, 4))], [({}, (1, 2, 3, 4))]) == 1
+    assert bench.agreement([({}, (1, 2, 3, 4))], [({}, (1, 9, 3))]) == pytest.approx(2 * 2 / 7)
