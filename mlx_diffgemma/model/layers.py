@@ -100,28 +100,29 @@ class Experts(nn.Module):
 
     def __call__(self, x: mx.array, experts: mx.array, weights: mx.array, tuning: Tuning) -> mx.array:
         """[N, H], expert ids [N, K], weights [N, K] → [N, H]."""
-        wide, order = self.up(x, experts, tuning)
-        return self.down(wide, experts, weights, order).astype(x.dtype)
+        wide, chosen, order = self.up(x, experts, tuning)
+        return self.down(wide, chosen, weights, order).astype(x.dtype)
 
-    def up(self, x: mx.array, experts: mx.array, tuning: Tuning) -> tuple[mx.array, mx.array | None]:
-        """[N, H] and expert ids [N, K] → the chosen experts' inner values, and the order they are in: [N, K, 1, M] as
-        chosen (None), or [N · K, 1, M] sorted by expert."""
+    def up(self, x: mx.array, experts: mx.array, tuning: Tuning) -> tuple[mx.array, mx.array, mx.array | None]:
+        """[N, H] and expert ids [N, K] → the chosen experts' inner values, whose they are, and the order they are in:
+        [N, K, 1, M] and [N, K] as chosen (None), or [N · K, 1, M] and [N · K] sorted by expert."""
         tokens, top_k = experts.shape
         if tokens * top_k < tuning.sort_from:
-            return self._gated(x[:, None, None], experts, sorted_indices=False), None
+            return self._gated(x[:, None, None], experts, sorted_indices=False), experts, None
         order = mx.argsort(experts.flatten())  # rows of one expert together
         # The axis is added before the rows are gathered: added last, it makes strides that BLAS dislikes.
         rows = x[:, None][order // top_k]  # [N · K, 1, H]
-        return self._gated(rows, experts.flatten()[order], sorted_indices=True), order
+        chosen = experts.flatten()[order]
+        return self._gated(rows, chosen, sorted_indices=True), chosen, order
 
-    def down(self, wide: mx.array, experts: mx.array, weights: mx.array, order: mx.array | None) -> mx.array:
+    def down(self, wide: mx.array, chosen: mx.array, weights: mx.array, order: mx.array | None) -> mx.array:
         """What `up` gave → [N, H], weighted by [N, K]."""
         if order is None:
-            y = self.down_proj(wide, experts, sorted_indices=False)[:, :, 0]  # [N, K, H]
+            y = self.down_proj(wide, chosen, sorted_indices=False)[:, :, 0]  # [N, K, H]
         else:
             back = mx.put_along_axis(mx.zeros_like(order), order, mx.arange(order.size, dtype=order.dtype), axis=0)
-            y = self.down_proj(wide, experts.flatten()[order], sorted_indices=True)
-            y = y[:, 0][back].reshape(*experts.shape, -1)  # [N, K, H]
+            y = self.down_proj(wide, chosen, sorted_indices=True)
+            y = y[:, 0][back].reshape(*weights.shape, -1)  # [N, K, H]
         return _weighted(y, weights[..., None]).sum(axis=1)
 
     def _gated(self, x: mx.array, experts: mx.array, *, sorted_indices: bool) -> mx.array:
@@ -294,9 +295,9 @@ class Layer(nn.Module):
         flat = x.flatten(0, 1)  # [N, H]
         experts, weights = self.router(flat)  # the raw residual, not a normed one
         normed = self.pre_feedforward_layernorm_2(flat)
-        wide, order = self.experts.up(normed, experts, tuning)
+        wide, chosen, order = self.experts.up(normed, experts, tuning)
         dense, wide = tuning.share.gather(self.mlp.up(self.pre_feedforward_layernorm(x)), wide)
-        sparse = self.experts.down(wide, experts, weights, order).astype(normed.dtype)
+        sparse = self.experts.down(wide, chosen, weights, order).astype(normed.dtype)
         dense, sparse = tuning.share.gather(self.mlp.down_proj(dense), sparse)
         branches = self.post_feedforward_layernorm_1(dense)
         branches = branches + self.post_feedforward_layernorm_2(sparse.reshape(x.shape))
