@@ -45,7 +45,7 @@ def timed(owner, name, part):
     def wrapper(*arguments, **named):
         begun = time.perf_counter()
         made = original(*arguments, **named)
-        seconds[part] = time.perf_counter() - begun
+        seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - begun
         return made
 
     setattr(owner, name, wrapper)
@@ -56,7 +56,8 @@ OURS = """
 from mlx_diffgemma import load
 seconds["import"] = time.perf_counter() - begun
 from mlx_diffgemma.pipeline import loading
-timed(loading.weights, "filled", "model")
+timed(loading.weights, "unread", "model")
+timed(loading.weights, "evaluate", "model")
 timed(loading.Tokenizer, "load", "tokenizer")
 """
 THEIRS = """

@@ -229,15 +229,15 @@ class AllExperts(Experts):
         nn.Module.__init__(self)
         self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
 
-    def up(self, x: mx.array, experts: mx.array, tuning: Tuning) -> tuple[mx.array, mx.array | None]:
-        """[N, H] → the inner values of all experts, [N, E, M]."""
+    def up(self, x: mx.array, experts: mx.array, tuning: Tuning) -> tuple[mx.array, mx.array, mx.array | None]:
+        """[N, H] → the inner values of all experts, [N, E, M], and the ids [N, K] of those chosen."""
         into = self.gate_up_proj.weight  # [E, 2 M, H]
         gate, up = mx.split((x @ into.flatten(0, 1).T).reshape(len(x), into.shape[0], -1), 2, axis=-1)
-        return geglu(gate, up), None
+        return geglu(gate, up), experts, None
 
-    def down(self, wide: mx.array, experts: mx.array, weights: mx.array, order: mx.array | None) -> mx.array:
+    def down(self, wide: mx.array, chosen: mx.array, weights: mx.array, order: mx.array | None) -> mx.array:
         """Inner values [N, E, M] → [N, H]."""
         out = self.down_proj.weight  # [E, H, M]
-        chosen = experts[..., None] == mx.arange(out.shape[0])  # [N, K, E]
-        share = (chosen * weights[..., None]).sum(axis=1)  # [N, E]
+        which = chosen[..., None] == mx.arange(out.shape[0])  # [N, K, E]
+        share = (which * weights[..., None]).sum(axis=1)  # [N, E]
         return (wide * share[..., None]).flatten(1) @ out.swapaxes(1, 2).flatten(0, 1)
