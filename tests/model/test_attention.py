@@ -16,6 +16,10 @@ def arrays(heads: int, kv_heads: int, batch: int = 2) -> tuple[mx.array, mx.arra
     return q * 3, k, v
 
 
+# Scores reach 40 and a product of fewer rows may be another kernel's: their last digit is 4e-6 of a probability.
+ROUNDING = 2e-5
+
+
 @pytest.mark.parametrize("queries", [1, 5, 8, 12])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("mask", ["none", "causal", "window", "padded", "padded canvas"])
@@ -32,7 +36,7 @@ def test_pieces_change_nothing(queries: int, heads: tuple[int, int], mask: str) 
     whole = made.array() if isinstance(made, masks.Window) else made
     expected = mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=whole)
     few = Tuning(scores=4 * queries * heads[0] * (PREFIX + LENGTH))
-    assert mx.abs(layers.attend(q, k, v, made, few) - expected).max().item() < 1e-6
+    assert mx.abs(layers.attend(q, k, v, made, few) - expected).max().item() < ROUNDING
 
 
 @pytest.mark.parametrize(("visible", "window"), [(29, 9), (29, 30), (0, 5), (3, 12), (8, 9)])
