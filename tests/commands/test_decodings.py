@@ -107,7 +107,7 @@ def test_score(folder: str, model: DiffusionGemma, tmp_path: Path) -> None:
     assert "600 tokens" in run("score", "--model", folder, "--stride", "256", "-", text="x" * 600).stdout
     for args, text, message in (
         ("-", "", "standard input is empty"),
-        ("absent.txt", None, "absent.txt cannot be read"),
+        ("absent.txt", None, "absent.txt: there is no such file"),
     ):
         refused = run("score", "--model", folder, args, text=text)
         assert refused.exit_code == 1 and message in refused.stderr

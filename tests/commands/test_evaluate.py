@@ -105,7 +105,7 @@ def test_log_likelihoods_are_the_causal_passes(model: DiffusionGemma) -> None:
 
 
 def test_what_cannot_be_evaluated_is_refused(tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "there is no such folder" in evaluate("--tasks", "x", "--output-dir", str(tmp_path / "absent")).stderr
+    assert "there is no folder" in evaluate("--tasks", "x", "--output-dir", str(tmp_path / "absent")).stderr
     unknown = evaluate("--tasks", "no_such_task", "--output-dir", str(tmp_path))
     assert unknown.exit_code == 1 and "lm-eval knows no task 'no_such_task'" in unknown.stderr
     hub = evaluate("--tasks", "hellaswag", "--limit", "1", "--output-dir", str(tmp_path))
