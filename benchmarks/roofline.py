@@ -475,7 +475,8 @@ def readme_section() -> str:
         " the faster one while it settles in fewer\n"
         "steps than the last column says; an answer that fills a part of it, in as much fewer. A model of arithmetic"
         f" and bandwidth, checked against\n{len(errors)} published measurements (median error"
-        f" {errors[len(errors) // 2]:.0%}), not measured here: `python -m benchmarks.roofline`."
+        f" {errors[len(errors) // 2]:.0%}), not measured here: `python -m benchmarks.roofline`. Speeds token"
+        " by token\nhave a constant that was chosen by eye on four of these."
     )
     return f"{common.table(readme_rows(macs, models), README_HEADER)}\n\n{note}"
 
