@@ -498,8 +498,8 @@ def settled_rows_go_on(patch: Patch) -> None:
 def committed_canvases_are_not_encoded(patch: Patch) -> None:
     original = network.Network.encode
 
-    def encode(self: Network, tokens: mx.array, prefix: cache.PrefixCache) -> mx.array:
-        return original(self, tokens, prefix) if prefix.length == 0 else tokens
+    def encode(self: Network, tokens: mx.array, prefix: cache.PrefixCache, *pictures: Any) -> mx.array:
+        return original(self, tokens, prefix, *pictures) if prefix.length == 0 else tokens
 
     patch.setattr(network.Network, "encode", encode)
 
