@@ -36,6 +36,7 @@ MARKERS = ("<|", "|>", "<turn", "<channel", "<tool_call")
 
 @contextmanager
 def served(port: int, *args: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server in a process of its own, and its address; 0 is any free port."""
     command = [sys.executable, "-m", "mlx_diffgemma.serve", "--port", str(port), "--log-level", "warning", *args]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

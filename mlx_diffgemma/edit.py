@@ -10,7 +10,7 @@ from .disk import existing_file, new_file, replacing
 from .obeying import read_text
 
 if TYPE_CHECKING:
-    from .pipeline.model import Request
+    from .pipeline.requests import Request
 
 
 class Lines(click.ParamType):

@@ -18,7 +18,8 @@ from .readers import decoded, parse_json, read_bytes
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from .pipeline.model import DiffusionGemma, Request
+    from .pipeline.model import DiffusionGemma
+    from .pipeline.requests import Request
     from .pipeline.results import Result
     from .terminal.recording import Recording
     from .terminal.sinks import Pace, Sink

@@ -12,7 +12,8 @@ from .errors import PromptError
 from .readers import decoded, read_bytes
 
 if TYPE_CHECKING:
-    from .pipeline.model import DiffusionGemma, Request
+    from .pipeline.model import DiffusionGemma
+    from .pipeline.requests import Request
 
 MARK = "<fill>"
 _OBEYING: dict[str, dict[str, Any]] = {

@@ -62,7 +62,6 @@ PATIENCE = 5  # seconds that a stream has for its last words when the server sto
 def main(source: dict[str, Any], host: str, port: int, log_level: str, **wanted: Any) -> None:
     """Serve the model: OpenAI's API under /v1, and a page to watch it at /."""
     _check_installed()
-    from .server.openai import Served
     from .server.scheduler import Scheduler
 
     rules = _rules(host, wanted["api_key"], wanted["allowed_origins"])
@@ -77,7 +76,7 @@ def main(source: dict[str, Any], host: str, port: int, log_level: str, **wanted:
         )
         scheduler.start()
         click.echo(f"http://{host if ':' not in host else f'[{host}]'}:{listener.getsockname()[1]}/", err=True)
-        _serve(scheduler, Served(name=_name(source.get("model"))), rules, listener)
+        _serve(scheduler, scheduler.served(_name(source.get("model"))), rules, listener)
 
 
 def _check_installed() -> None:

@@ -9,7 +9,8 @@ from ..text.gate import Message, check_text
 from .results import Result
 
 if TYPE_CHECKING:
-    from .model import DiffusionGemma, Request
+    from .model import DiffusionGemma
+    from .requests import Request
 
 
 class Chat:

@@ -1,10 +1,8 @@
 """Text in, text out: joins tokenizer, engine and network."""
 
-import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack, cast, get_args
@@ -12,18 +10,13 @@ from typing import Any, Unpack, cast, get_args
 import mlx.core as mx
 
 from ..config import ModelConfig
-from ..errors import BusyError, ConfigError, NoiseError, PromptError, TokenizerError
-from ..generation import engine
-from ..generation.constraint.automaton import Constraint
-from ..generation.constraint.conditioned import Guides
-from ..generation.events import Event, Finished, Prefilled
-from ..generation.noise import Noise, NoiseRecorder, RecordedNoise, SeededNoise
-from ..generation.settings import Decoding, GenerationConfig, GenerationOptions
+from ..errors import BusyError, ConfigError, PromptError, TokenizerError
+from ..generation.events import Event
+from ..generation.noise import Noise
+from ..generation.settings import GenerationConfig, GenerationOptions
 from ..model import threads
-from ..model.cache import PrefixCache
-from ..model.memory import machine_limit, weight_bytes
+from ..model.memory import machine_limit
 from ..model.network import Network
-from ..model.table import unpacked_dtype
 from ..text.gate import Message, check_messages, check_text, check_tools
 from ..text.language.automaton import Language
 from ..text.language.texts import MARK, Hole
@@ -31,14 +24,12 @@ from ..text.tokenizer import Tokenizer
 from ..values import flag, integer, many, optional, shown
 from . import deciding, filling
 from .chat import Chat
-from .choosing import choose
-from .constraints import Asked, Compiled, Compiler, timed
+from .constraints import Asked, Compiler
 from .deciding import Decision
-from .drafts import Draft
 from .filling import Start
-from .fitting import check_memory
 from .pace import Pace
-from .results import Answers, Result
+from .requests import Randomness, Request
+from .results import Result
 from .scores import TextScores, score_ids
 
 Prompt = str | list[Message] | list[int]
@@ -446,212 +437,6 @@ class DiffusionGemma:
             template_options=template_options,
             sanitize_control_tokens=sanitize_control_tokens,
         )
-
-
-class Randomness:
-    """Where a run's randomness comes from: a seed, seeds, recorded noise, or the operating system."""
-
-    def __init__(self, *, seed: int | None = None, seeds: list[int] | None = None, noise: Noise | None = None):
-        given = [name for name, value in (("seed", seed), ("seeds", seeds), ("noise", noise)) if value is not None]
-        if len(given) > 1:
-            raise PromptError(f"{' and '.join(given)} both say where randomness comes from: give one.")
-        self.seed = optional(integer()).read(seed, "seed", fault=PromptError)
-        self.seeds = optional(many(integer())).read(seeds, "seeds", fault=PromptError)
-        if noise is not None and not all(hasattr(noise, part) for part in ("canvas", "draws", "ids")):
-            raise NoiseError(f"noise is {shown(noise)}, expected RecordedNoise, SeededNoise or the like.")
-        self.noise = noise
-
-    def of(self, rows: int, length: int, vocabulary: int, decoding: Decoding) -> tuple[Noise, Sequence[int | None]]:
-        """The noise of `rows` rows with canvases of `length`, and their seeds. Errors: PromptError, NoiseError."""
-        if self.noise is not None:
-            if isinstance(self.noise, RecordedNoise):
-                _check_recording(self.noise, rows, length, decoding)
-                self.noise.check(vocabulary)
-            return self.noise, [None] * rows
-        if self.seeds is not None and len(self.seeds) != rows:
-            raise PromptError(f"{len(self.seeds)} seeds for {rows} prompts: give one each.")
-        first = secrets.randbelow(2**32) if self.seed is None else self.seed
-        seeds = list(self.seeds) if self.seeds is not None else [first + row for row in range(rows)]
-        return SeededNoise(seeds, length=length, vocabulary=vocabulary), seeds
-
-
-def _check_recording(noise: RecordedNoise, rows: int, length: int, decoding: Decoding) -> None:
-    """Errors: NoiseError for a recording of another decoding, batch or canvas."""
-    if noise.decoding != decoding:
-        raise NoiseError(f"{noise.name} was recorded of {noise.decoding} decoding; this run's is {decoding}.")
-    if noise.batch_size != rows or (decoding == "diffusion" and noise.length != length):
-        raise NoiseError(
-            f"{noise.name} is for {noise.batch_size} prompts and canvases of {noise.length};"
-            f" this run has {rows} and {length}."
-        )
-
-
-class Request:
-    """What was asked for, checked: `events` runs it, once; `run` too, and chooses among answers."""
-
-    def __init__(
-        self,
-        model: DiffusionGemma,
-        prompts: list[list[int]],
-        options: GenerationOptions,
-        randomness: Randomness,
-        asked: Asked,
-        draft: Draft | None = None,
-    ):
-        self.model, self.prompts, self.draft = model, prompts, draft
-        self.departures: dict[str, Any] = {}  # from the reference, besides those of the settings
-        self.settings = self._settings(options)
-        self._length = self.settings.canvas_length or model.config.canvas_length
-        tokens = engine.check(model.network, prompts, self.settings)
-        self.constraints = self._compiled(asked)
-        guides = Guides(self._constraints, len(prompts))
-        guides.check(self.settings, model.config.vocab_size, tokens)
-        self.noise, self.seeds = self._noise(randomness)
-        if self.settings.chooses and randomness.noise is not None:
-            raise ConfigError("best_of and retries draw other seeds: with recorded noise there are none.")
-        self.check_memory()
-
-    def _noise(self, randomness: Randomness) -> tuple[Noise, Sequence[int | None]]:
-        decoding, vocabulary = self.settings.decoding, self.model.config.vocab_size
-        return randomness.of(len(self.prompts), self._length, vocabulary, decoding)
-
-    @property
-    def room(self) -> int:
-        """Positions that a prefix made for this run keeps free behind itself."""
-        return engine.room(self.settings, self.model.config.canvas_length)
-
-    def refuse_choosing(self) -> None:
-        """Errors: ConfigError when an answer would be chosen among several: there is nothing to show before."""
-        if self.settings.chooses:
-            name = "best_of" if self.settings.best_of > 1 else "retries"
-            raise ConfigError(f"{name} chooses among whole answers, so they cannot be streamed.\nUse generate().")
-
-    def _compiled(self, asked: Asked) -> list[Compiled | None]:
-        languages, seconds = timed(asked, len(self.prompts))
-        if not any(languages):
-            return [None] * len(self.prompts)
-        compiler = self.model.compiler
-        rows = zip(languages, self.prompts, strict=True)
-        return [
-            language and compiler.compiled(language, prompt, self.settings, also=seconds) for language, prompt in rows
-        ]
-
-    @property
-    def _constraints(self) -> list[Constraint | None] | None:
-        """As the engine takes them."""
-        made = [compiled and compiled.constraint for compiled in self.constraints]
-        return made if any(made) else None
-
-    def check_memory(self, *, forks: int = 0) -> None:
-        """Errors: MemoryLimitError when the run does not fit beside so many forks of its prefix."""
-        model, rows = self.model, len(self.prompts) * self.settings.best_of
-        prefix = max(map(len, self.prompts)) + self.settings.max_tokens
-        weights = weight_bytes(model.network) + self._kept_bytes()
-        check_memory(model.config, weights, model.memory_limit, prefix, rows=rows, forks=forks)
-
-    def _kept_bytes(self) -> int:
-        """What a step under constraints holds for the signal: a weight of every id of a text at every position."""
-        if self.settings.free_signal or self.settings.decoding != "diffusion":
-            return 0
-        sizes = [int((made.constraint.classes >= 0).sum()) for made in self.constraints if made]
-        return (
-            sum(sizes)
-            * self.settings.best_of
-            * self._length
-            * unpacked_dtype(self.model.network.decoder.embed_tokens).size
-        )
-
-    def _settings(self, options: GenerationOptions) -> GenerationConfig:
-        """The model's own with `options` over them. A `max_length`, of prompt and reply together, counts where nobody
-        chose how long the reply may be, as in transformers (_prepare_generated_length)."""
-        settings = self.model.generation_config.replace(**options)
-        if settings.max_length is None or settings.max_tokens != GenerationConfig.max_tokens or "max_tokens" in options:
-            return settings
-        longest = max(map(len, self.prompts), default=0)
-        if settings.max_length <= longest:
-            raise PromptError(
-                f"the prompt is {longest} tokens; max_length allows {settings.max_length} together with the reply.\n"
-                "Shorten it, or say how long the reply may be: max_tokens."
-            )
-        return settings.replace(max_tokens=settings.max_length - longest)
-
-    def events(self, cache: PrefixCache | None = None, pauses: Sequence[int] = ()) -> Iterator[Event]:
-        """The engine's events, with texts and results; `cache` and `pauses` as `engine.generate` has them.
-
-        Holds the model while it runs (`DiffusionGemma.alone`). Errors: BusyError.
-        """
-        with self.model.alone():
-            yield from self.events_among_others(cache, pauses)
-
-    def events_among_others(self, cache: PrefixCache | None = None, pauses: Sequence[int] = ()) -> Iterator[Event]:
-        """`events` for whoever holds the model already: in one thread several requests can take turns at any event.
-
-        MLX's cache of freed buffers is emptied between the chunks of a prompt, whose buffers never fit the next,
-        longer one.
-        """
-        reader = Answers(
-            self.model._tokenizer,
-            self.prompts,
-            self.seeds,
-            constraints=self.constraints,
-            draft=self.draft,
-            departures=self.departures,
-            pace=self.model.pace,
-        )
-        for event in engine.generate(
-            self.model.network,
-            self.prompts,
-            self.settings,
-            self.noise,
-            cache=cache,
-            pauses=pauses,
-            reader=reader,
-            constraint=self._constraints,
-        ):
-            if isinstance(event, Prefilled) and event.tokens < event.total:
-                mx.clear_cache()
-            elif isinstance(event, Finished):
-                self.model.pace.note(event.statistics, rows=len(self.prompts))
-            yield event
-
-    def start_from(self, ids: list[int]) -> None:
-        """Let the first canvas begin with `ids`, and not as noise; the statistics say so. Errors: ConfigError."""
-        if self.settings.decoding != "diffusion":
-            raise ConfigError("start='text' would do nothing: autoregressive decoding has no canvas.")
-        if self.settings.chooses:
-            raise ConfigError("best_of and retries draw other noise: a canvas that begins as a text has little.")
-        stop_id, pad_id = self.settings.stop_ids[0], self.settings.pad_token_id
-        self.noise = filling.StartingFrom(self.noise, ids, stop_id=stop_id, pad_id=pad_id)
-        self.departures = {"start": "text"}
-
-    def first_canvas(self, index: int) -> list[int]:
-        """The ids that the first row's canvas `index` starts from: what can be shown of it before its first step."""
-        return cast(list[int], self.noise.canvas(index)[0].tolist())
-
-    def record(self) -> NoiseRecorder:
-        """Have the run's noise kept, to be saved behind it."""
-        self.noise = recorder = NoiseRecorder(self.noise)
-        return recorder
-
-    def run(self, events: "Callable[[Request], Iterator[Event]] | None" = None) -> list[Result]:
-        """All of it; one Result a prompt: with best_of or retries, of the answer with the best mean log-probability.
-        `events`: another way of running a request than by its own `events`."""
-        run = events or Request.events
-        if self.settings.chooses:
-            return choose(self.settings, self.seeds, lambda prompts, seeds: _results(run(self._part(prompts, seeds))))
-        return _results(run(self))
-
-    def _part(self, prompts: list[int], seeds: list[int]) -> "Request":
-        """The prompts of these numbers, for these seeds."""
-        request = copy(self)
-        request.prompts = [self.prompts[number] for number in prompts]
-        request.constraints = [self.constraints[number] for number in prompts]
-        request.noise, request.seeds = request._noise(Randomness(seeds=seeds))
-        return request
-
-
-def _results(events: Iterator[Event]) -> list[Result]:
-    return next(list(event.results) for event in events if isinstance(event, Finished))
 
 
 def _is_ids(prompt: Prompt) -> bool:

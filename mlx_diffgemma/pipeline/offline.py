@@ -20,7 +20,8 @@ from ..errors import ConfigError, DiffGemmaError, MemoryLimitError, PromptError,
 from ..generation import engine
 from ..readers import decoded, parse_json, read_bytes
 from ..values import Field, Table, anything, either, integer, many, mapping
-from .model import DiffusionGemma, Prompt, Request
+from .model import DiffusionGemma, Prompt
+from .requests import Request
 from .results import Result, result_json
 
 OF_A_LINE = (PromptError, TokenizerError, MemoryLimitError)  # what is wrong with one prompt alone

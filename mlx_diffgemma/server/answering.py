@@ -16,7 +16,8 @@ from ..generation.settings import GenerationOptions
 from ..model.memory import STEP, memory_needed, weight_bytes
 from ..pipeline.constraints import Asked
 from ..pipeline.drafts import Draft
-from ..pipeline.model import DiffusionGemma, Request
+from ..pipeline.model import DiffusionGemma
+from ..pipeline.requests import Request
 from ..pipeline.results import Result
 from ..text.channels import QUOTE
 from ..text.tokenizer import Tokenizer

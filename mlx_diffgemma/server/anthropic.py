@@ -7,8 +7,8 @@ from typing import Any
 
 from ..values import Field, Table, anything, either, flag, integer, many, mapping, number, one_of, text
 from . import openai
-from .exchange import Accepted, Answer, Ended, Failed, News, Refused, Said
-from .openai import Json, Served
+from .exchange import Accepted, Answer, Ended, Failed, News, Refused, Said, Served
+from .openai import Json
 
 _object = mapping(anything)
 _CHOICE = Table(Field("type", one_of("auto", "any", "tool", "none")), Field("name", text(empty=False), None), open=True)
@@ -184,7 +184,7 @@ class Messages:
         self.open = ""  # the kind of the block that is being written
         self.blocks = 0
 
-    def accept(self, accepted: Accepted) -> None:
+    def accept(self, accepted: Accepted) -> Json | None:
         self.chat.accept(accepted)
 
     def alive(self) -> str:
@@ -247,7 +247,7 @@ class Messages:
 class Count(Messages):
     """How many tokens a request has; nothing is answered."""
 
-    def counted(self, accepted: Accepted) -> Json:
+    def accept(self, accepted: Accepted) -> Json:
         return {"input_tokens": accepted.prompt_tokens}
 
 

@@ -20,9 +20,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..readers import parse_json
 from . import anthropic, decisions, fim, ollama, openai, responses
-from .exchange import Accepted, Decisions, Drafted, Ended, Failed, Full, News, Order, Refused
+from .exchange import Accepted, Decisions, Drafted, Ended, Failed, Full, News, Order, Refused, Served
 from .guard import Guard, Rules
-from .openai import Served
 from .scheduler import Scheduler
 
 LARGEST = 32_000_000  # bytes of a request
@@ -49,7 +48,7 @@ class Translation(Protocol):
 
     @property
     def order(self) -> Order | Decisions: ...
-    def accept(self, accepted: Accepted) -> None: ...
+    def accept(self, accepted: Accepted) -> dict[str, Any] | None: ...  # an answer, where nothing more is wanted
     def frames(self, news: News) -> Iterator[str]: ...
     def alive(self) -> str: ...
     def whole(self, ended: Ended) -> dict[str, Any]: ...
@@ -151,17 +150,16 @@ class Endpoint:
         self, translation: Translation, mailbox: "Mailbox", scope: Scope, receive: Receive, send: Send
     ) -> None:
         first = await mailbox.next()
-        if isinstance(first, Accepted):
-            translation.accept(first)
-        if isinstance(first, Failed) or not translation.streams:
+        told = translation.accept(first) if isinstance(first, Accepted) else None
+        if told is not None:
+            await JSONResponse(told)(scope, receive, send)
+        elif isinstance(first, Failed) or not translation.streams:
             response = await self._whole(translation, mailbox, first)
             await response(scope, receive, send)
         else:
             await self._stream(translation, mailbox, first, send)
 
     async def _whole(self, translation: Translation, mailbox: "Mailbox", news: News) -> Response:
-        if isinstance(translation, anthropic.Count) and isinstance(news, Accepted):
-            return JSONResponse(translation.counted(news))
         while not isinstance(news, Ended | Failed):
             news = await mailbox.next()
         if isinstance(news, Ended):

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..values import Field, Table, anything, either, many, mapping, one_of, optional, text
 from . import openai
-from .exchange import Accepted, Choice, Decisions, Ended, News, Refused
-from .openai import Json, Served
+from .exchange import Accepted, Choice, Decisions, Ended, News, Refused, Served
+from .openai import Json
 
 _said = either(text(empty=False), mapping(anything), many(anything))
 _CRITERIA = {

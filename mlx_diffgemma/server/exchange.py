@@ -4,12 +4,25 @@ Plain Python data: no arrays, nothing of any protocol. A protocol is a file that
 News as its answers; it needs no MLX.
 """
 
+import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import DiffGemmaError
 from ..generation.settings import GenerationOptions
 from ..text.language.texts import MARK, Hole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What is served here."""
+
+    name: str  # of the model
+    context: int  # tokens
+    tools: bool  # whether its chat template reads tools
+    thinking: bool  # and whether it can be told to think
+    created: int = field(default_factory=lambda: int(time.time()))
+
 
 # --------------------------------------------------------------------------------------------------------- orders
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..values import Field, Table, text
 from . import openai
-from .openai import Completion, Json, Served
+from .exchange import Served
+from .openai import Completion, Json
 
 FIM = Table(*openai.FIELDS, Field("prompt", text()), Field("suffix", text(), None), open=True)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..values import Field, Table, anything, either, flag, integer, many, mapping, number, one_of, text
 from . import openai
-from .exchange import Accepted, Ended, Failed, News, Refused, Said
-from .openai import Json, Served
+from .exchange import Accepted, Ended, Failed, News, Refused, Said, Served
+from .openai import Json
 
 _object = mapping(anything)
 OPTIONS = Table(  # what else stands there has no meaning here, and is listed
@@ -71,8 +71,7 @@ def fault(status: int, message: str, **about: Any) -> Json:
 def tags(served: Served) -> Json:
     """The list of what is served: one model."""
     at = datetime.fromtimestamp(served.created, UTC).isoformat()
-    about = {"name": served.name, "model": served.name, "modified_at": at, "size": 0, "digest": "0" * 64}
-    return {"models": [about | {"details": _DETAILS}]}
+    return {"models": [{"name": served.name, "model": served.name, "modified_at": at, "details": _DETAILS}]}
 
 
 def show(body: Any, served: Served) -> Json:
@@ -84,7 +83,7 @@ def show(body: Any, served: Served) -> Json:
         "template": "",
         "details": _DETAILS,
         "model_info": {"general.architecture": "diffusion_gemma", "diffusion_gemma.context_length": served.context},
-        "capabilities": ["completion", "insert", "tools", "thinking"],
+        "capabilities": ["completion", "insert", *(name for name in ("tools", "thinking") if getattr(served, name))],
     }
 
 

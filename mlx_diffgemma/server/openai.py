@@ -9,8 +9,8 @@ was there.
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError
@@ -32,6 +32,7 @@ from .exchange import (
     Pins,
     Refused,
     Said,
+    Served,
 )
 
 Json = dict[str, Any]
@@ -114,15 +115,6 @@ COMPLETIONS = Table(
     Field("logprobs", integer(least=0, most=MOST_LOGPROBS), None),
     open=True,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Served:
-    """What is served here."""
-
-    name: str  # of the model
-    context: int = 0  # tokens, as far as it is known
-    created: int = field(default_factory=lambda: int(time.time()))
 
 
 # ----------------------------------------------------------------------------------------------- reading requests
@@ -328,7 +320,7 @@ def _pins(given: Any) -> Pins | None:
 # ------------------------------------------------------------------------------------------------ writing answers
 
 
-class _Translation:
+class _Translation(ABC):
     """One request and its answer."""
 
     media_type = "text/event-stream"
@@ -371,11 +363,13 @@ class _Translation:
         rest = {"choices": choices, "usage": usage(ended), "diffusion": self.report(ended)}
         return self.head | {"object": self.object} | rest
 
+    @abstractmethod
     def chunks(self, news: News) -> Iterator[Json]:
-        raise NotImplementedError
+        """News as chunks, without what every chunk has."""
 
+    @abstractmethod
     def choice(self, index: int, answer: Answer) -> Json:
-        raise NotImplementedError
+        """One answer of several."""
 
     def report(self, ended: Ended) -> Json:
         """What is our own in an answer."""

@@ -11,8 +11,8 @@ from typing import Any
 from ..generation.settings import MOST_LOGPROBS
 from ..values import Field, Table, anything, either, flag, integer, many, mapping, number, one_of, text
 from . import openai
-from .exchange import Accepted, Ended, Failed, News, Refused, Said
-from .openai import Json, Served
+from .exchange import Accepted, Ended, Failed, News, Refused, Said, Served
+from .openai import Json
 
 KEPT = 256  # answers that can be gone on from, the latest
 _object = mapping(anything)

@@ -21,7 +21,7 @@ from ..model import threads
 from ..pipeline.model import DiffusionGemma
 from .answering import Answering, Beat, TooLong, free_bytes
 from .deciding import Deciding
-from .exchange import Decisions, Ended, Failed, Full, News, Order
+from .exchange import Decisions, Ended, Failed, Full, News, Order, Served
 from .prefixes import Prefixes
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class Scheduler:
         self._waiting: deque[Job] = deque()
         self._working: list[Job] = []
         self._stopping = False
+        self._facts: dict[str, Any] = {}
         self._lasted: deque[float] = deque(maxlen=20)  # seconds that the last orders took
         self.state: Literal["loading", "ready", "stopped", "dead"] = "loading"
         self.fault: BaseException | None = None
@@ -79,6 +80,10 @@ class Scheduler:
             self._changed.wait_for(lambda: self.state != "loading")
         if self.fault is not None:
             raise self.fault
+
+    def served(self, name: str) -> Served:
+        """What protocols tell of the model, under the name that clients know it by. It has been loaded."""
+        return Served(name=name, **self._facts)
 
     def submit(self, order: Order | Decisions, hear: Hear) -> Job:
         """Put an order into the queue. `hear` gets Accepted or Failed within a step, and news until Ended or Failed.
@@ -128,6 +133,12 @@ class Scheduler:
             threads.clear_at_the_end()
             self.model = self._load()
             self.model.tokenizer  # noqa: B018  raises, and says what is missing
+            reads = self.model.tokenizer.reads
+            self._facts = {
+                "context": self.model.config.max_position_embeddings,
+                "tools": reads("tools"),
+                "thinking": reads("enable_thinking"),
+            }
             self._free = free_bytes(self.model)
             self.prefixes = Prefixes(self._free // 4 if self._cache_bytes is None else self._cache_bytes)
             with self.model.alone():

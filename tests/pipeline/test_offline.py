@@ -17,7 +17,8 @@ from mlx_diffgemma import load
 from mlx_diffgemma.cli import main
 from mlx_diffgemma.errors import ConfigError, MemoryLimitError
 from mlx_diffgemma.pipeline import offline
-from mlx_diffgemma.pipeline.model import DiffusionGemma, Request
+from mlx_diffgemma.pipeline.model import DiffusionGemma
+from mlx_diffgemma.pipeline.requests import Request
 from tests import small
 
 OPTIONS = ["--seed", "7", "--batch-size", "3", "--max-tokens", "20"]

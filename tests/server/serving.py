@@ -16,7 +16,6 @@ import uvicorn
 from mlx_diffgemma.pipeline.model import DiffusionGemma
 from mlx_diffgemma.server.app import app
 from mlx_diffgemma.server.guard import Rules
-from mlx_diffgemma.server.openai import Served
 from mlx_diffgemma.server.scheduler import Scheduler
 from tests import small
 
@@ -48,7 +47,7 @@ class Running:
 def serving(load: Callable[[], DiffusionGemma], *, rules: Rules | None = None, **options: Any) -> Iterator[Running]:
     scheduler = Scheduler(load, **options)
     scheduler.start()
-    served = Served(name="small")
+    served = scheduler.served("small")
     config = uvicorn.Config(app(scheduler, served, rules), log_level="error", lifespan="off", ws="none")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:

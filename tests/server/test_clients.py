@@ -1,15 +1,15 @@
 """Python clients × what people do with them: chat, streams, tools, structured output, errors."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import inceptionai
 import openai
 import pytest
 
-from tests.server.serving import Running, said, serving
-from tests.server.test_tools import CALL, WEATHER, Scripted
+from tests.server.scripted import CALL, WEATHER, Scripted
+from tests.server.serving import Running, said
 
 SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
 FORM = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
@@ -17,17 +17,6 @@ CLIENTS: dict[str, Callable[[str], Any]] = {
     "openai": lambda url: openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0),
     "inceptionai": lambda url: inceptionai.Inception(base_url=url, api_key="any", max_retries=0),
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Scripted:
-    return Scripted(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
-def server(model: Scripted) -> Iterator[Running]:
-    with serving(model) as running:
-        yield running
 
 
 @pytest.fixture(params=CLIENTS)

@@ -4,16 +4,13 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import httpx
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.serve_soak import served
 from mlx_diffgemma import serve
 from mlx_diffgemma.cli import main
 from tests import small
@@ -25,24 +22,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(small.write_checkpoint(tmp_path_factory.mktemp("models") / "tiny"))
 
 
-@contextmanager
-def started(*args: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server in a process of its own, and its address."""
-    command = [sys.executable, "-m", "mlx_diffgemma.serve", "--port", "0", *args]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        line = next(line for line in process.stderr if line.startswith("http"))
-        yield process, line.strip().rstrip("/")
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 def test_a_signal_in_mid_stream_ends_it_cleanly(model: str, number: signal.Signals) -> None:
-    with started("--model", model) as (process, url):
+    with served(0, "--model", model) as (process, url):
         body = {
             "messages": said("hello"),
             "seed": 3,
@@ -61,11 +43,11 @@ def test_a_signal_in_mid_stream_ends_it_cleanly(model: str, number: signal.Signa
 
 
 def test_it_starts_again_after_it_was_killed(model: str) -> None:
-    with started("--model", model) as (process, url):
+    with served(0, "--model", model) as (process, url):
         port = re.findall(r":(\d+)", url)[-1]
         process.kill()
         process.wait()
-    with started("--model", model, "--port", port) as (_, url):
+    with served(0, "--model", model, "--port", port) as (_, url):
         assert url.endswith(port)
         with urllib.request.urlopen(url + "/v1/models") as answer:
             assert [entry["id"] for entry in json.load(answer)["data"]] == ["tiny"]

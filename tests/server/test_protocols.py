@@ -12,8 +12,8 @@ import ollama
 import openai
 import pytest
 
-from tests.server.serving import Running, serving
-from tests.server.test_tools import CALL, Scripted
+from tests.server.scripted import CALL, Scripted
+from tests.server.serving import Running
 
 PARAMETERS = {
     "type": "object",
@@ -25,17 +25,6 @@ TOOL: Any = {"type": "function", "function": FUNCTION}
 SYSTEM, ASKED, THOUGHT, SAID, RESULT = "Be brief.", "The weather in Rome?", "hm", "I look.", "sun"
 SCRIPT = f"<|channel>thought\n{THOUGHT}<channel|>{SAID}" + CALL + CALL.replace("Rome", "Oslo")
 TOKENS = 300
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Scripted:
-    return Scripted(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
-def server(model: Scripted) -> Iterator[Running]:
-    with serving(model) as running:
-        yield running
 
 
 class Clients:
@@ -284,7 +273,9 @@ def test_ollama_s_generate(extra: dict[str, Any], clients: Clients, model: Scrip
 
 def test_ollama_s_lists(server: Running, clients: Clients) -> None:
     assert [model.model for model in clients.ollama.list().models] == ["small"]
-    assert "tools" in (clients.ollama.show("small").capabilities or ())
+    shown = clients.ollama.show("small")
+    assert shown.capabilities == ["completion", "insert", "tools", "thinking"]
+    assert shown.modelinfo["diffusion_gemma.context_length"] == server.scheduler.served("small").context == 16_384  # type: ignore[index]
     assert httpx.get(f"{server.url}/api/version").json()["version"]
 
 
