@@ -681,12 +681,13 @@ def later_cases() -> None:
         ("a folder", ("edit", ".", "--lines", "1", "-p", "x"), (".",)), ("empty path", ("edit", "", "--lines", "1", "-p", "x"), ("FILE",)), ("blank prompt", ("edit", "t.txt", "--lines", "1", "-p", " "), ("prompt", "instruction")), ("half prompt", ("edit", "t.txt", "--lines", "1", "-p", "\udcff"), ("prompt", "instruction")),
         *((f"lines {value!r}", ("edit", "t.txt", "-p", "x", "--lines", value), ("lines",)) for value in ("0", "9", "2-9", "3-1", "x", "-1", "1-", "1,2", "", "1-2-3", "99999999999999999999")),
         ("start", (*edit, "--start", "middle"), ("--start",)), ("template options", (*edit, "--template-options", '{"a": 1}'), ("--template-options",)), ("canvas too short", (*edit, "--canvas-length", "1"), ("canvas",)), ("best of", (*edit, "--best-of", "0"), ("--best-of",)), ("temperature", (*edit, "--temperature", "nan"), ("--temperature",)),
-        ("autoregressive", (*edit, "--decoding", "autoregressive"), ("decoding", "autoregressive")), ("max tokens", (*edit, "--max-tokens", "0"), ("--max-tokens",)), ("absent model", (*edit, "--model", "absent"), ("absent",)),
+        ("max tokens", (*edit, "--max-tokens", "0"), ("--max-tokens",)), ("absent model", (*edit, "--model", "absent"), ("absent",)),
     ]:
         add("edit", name, *args, setup=note, names=names, keep=("t.txt",))
     for name, raw in {"not UTF-8": b"a\xff\nb\n", "utf-16": "one\ntwo\n".encode("utf-16"), "empty": b"", "binary": bytes(range(256)) * 4}.items():
         add("edit", f"file: {name}", "edit", "-q", "t.txt", "--lines", "1", "-p", "x", setup=with_file("t.txt", raw), names=("t.txt", "line"), keep=("t.txt",))
     add("edit", "good: shown", *edit, setup=note, good=True, keep=("t.txt",))
+    add("edit", "good: autoregressive", *edit, "--decoding", "autoregressive", setup=note, good=True, keep=("t.txt",))
     add("edit", "good: no newline at the end", *edit, setup=with_file("t.txt", "one\r\ntwo"), good=True, keep=("t.txt",))
     add("edit", "full disk", *edit, "--write", setup=note, names=("t.txt",), keep=("t.txt",), environment={"ABUSE_FULL_DISK": "1"})
     add("edit", "good: home", "edit", "-q", "--seed", "1", "~/t.txt", "--prompt", "Sort", "--lines", "2", "--write", setup=note, environment={"HOME": "."}, good=True)

@@ -80,8 +80,9 @@ def streamed_layers(config: ModelConfig, sizes: Sizes, limit: int, wanted: int |
     if wanted < least[0]:
         needed = memory_needed(config, sizes.held(wanted), 0)
         raise MemoryLimitError(
-            f"with the experts of {wanted} layers streamed this model needs {needed / 1e9:.1f} GB; it may use"
-            f" {limit / 1e9:.1f} GB.\nAt least {least[0]} of {layers} layers must be streamed (--stream-experts)."
+            f"with the experts of {wanted} layers streamed this model needs {needed / 1e9:.1f} GB;"
+            f" {_lender(limit)} lets it use {limit / 1e9:.1f} GB.\n"
+            f"At least {least[0]} of {layers} layers must be streamed (--stream-experts)."
         )
     return wanted
 
@@ -107,10 +108,16 @@ def _floor(config: ModelConfig, sizes: Sizes, limit: int) -> str:
     canvas = memory_needed(config, 0, 0) - STEP
     hint = ", or raise the limit: sudo sysctl iogpu.wired_limit_mb=…" if mx.metal.is_available() else ""
     return (
-        f"this model needs at least {memory_needed(config, held, 0) / 1e9:.2f} GB and may use {limit / 1e9:.2f} GB:"
-        f" {sizes.trunk / 1e9:.2f} GB for all but the experts, {experts}, {(STEP + canvas) / 1e9:.2f} GB for a step.\n"
+        f"this model needs at least {memory_needed(config, held, 0) / 1e9:.2f} GB and {_lender(limit)} lets it use"
+        f" {limit / 1e9:.2f} GB: {sizes.trunk / 1e9:.2f} GB for all but the experts, {experts},"
+        f" {(STEP + canvas) / 1e9:.2f} GB for a step.\n"
         f"Take a recipe of fewer bits (mlx_diffgemma.convert --dry-run){hint}."
     )
+
+
+def _lender(limit: int) -> str:
+    """Who sets the limit."""
+    return "this machine" if limit == machine_limit() else "memory_limit"
 
 
 def check_memory(
@@ -122,7 +129,7 @@ def check_memory(
         whole = memory_needed(config, weights, prefix, forks=forks)
         return whole + (rows - 1) * (whole - memory_needed(config, weights, 0))
 
-    lender = "this machine" if limit == machine_limit() else "memory_limit"
+    lender = _lender(limit)
     if needed(0) > limit:
         parameters = sum(math.prod(shape) for shape in layout.expected_tensors(config).values())
         bits = 8 * max(limit - needed(0) + weights, 0) / parameters

@@ -16,7 +16,7 @@ from mlx_diffgemma import __version__
 from mlx_diffgemma.cli import COMMANDS, main
 from mlx_diffgemma.files import checkpoint
 from mlx_diffgemma.model import memory
-from mlx_diffgemma.pipeline import loading
+from mlx_diffgemma.pipeline import fitting, loading
 from tests import small
 
 
@@ -120,7 +120,7 @@ def test_an_empty_path_is_no_default(name: str, folder: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("share", "prefix", "message"),
     [
-        (0.5, 0, "needs at least 0.80 GB and may use 0.80 GB: "),
+        (0.5, 0, "needs at least 0.80 GB and this machine lets it use 0.80 GB: "),
         (1, 200, "Up to 200 tokens of prompt and reply would fit"),
     ],
 )
@@ -131,7 +131,8 @@ def test_what_does_not_fit_in_memory_is_refused(
     weights = sum(array.nbytes for array in cast(dict[str, mx.array], mx.load(f"{model}/model.safetensors")).values())
     config = checkpoint.read_config(Path(model))
     limit = memory.memory_needed(config, int(share * weights), prefix)
-    monkeypatch.setattr(loading, "machine_limit", lambda: limit)
+    for asking in (loading, fitting):
+        monkeypatch.setattr(asking, "machine_limit", lambda: limit)
     result = run("generate", "--model", model, "-p", "hi" * 200, "--stream-experts", "0")
     assert result.exit_code == 1
     assert message in result.stderr
