@@ -74,6 +74,12 @@ def held(eyes: Eyes) -> Weights:
     return {f"model.encoder.{name}": array for name, array in cast(Any, tree_flatten(eyes.parameters()))}
 
 
+def plain_of(parts: Weights, how: Quantization) -> mx.array:
+    """The matrix that packed parts stand for, its scales multiplied in float32."""
+    wide = {part: array.astype(mx.float32) if array.dtype == mx.bfloat16 else array for part, array in parts.items()}
+    return dequantize(wide, how, mx.float32)
+
+
 def assert_same(eyes: Eyes, right: Weights) -> None:
     found = held(eyes)
     assert found.keys() == right.keys()
@@ -147,7 +153,7 @@ def test_older_packs_of_mlx_community_pack_the_projection(mode: str, source: Pat
     eyes = opened(folder)
     found = {name: array for name, array in held(eyes).items() if PROJECTION not in name}
     assert found.keys() == plain.keys()
-    unpacked = dequantize(parts, how, mx.float32)
+    unpacked = plain_of(parts, how)
     pooled = mx.random.normal((5, unpacked.shape[1]), key=mx.random.key(0))
     expected = mx.fast.rms_norm(pooled, None, 1e-6) @ unpacked.T
     assert mx.allclose(eyes.embed_vision(pooled), expected, atol=1e-5)
@@ -162,7 +168,7 @@ def test_a_packed_tower_sees_what_its_packing_stands_for(source: Path, tmp_path:
             path = name.removesuffix(".weight")
             parts = quantize(weights.pop(name), how)
             weights |= {f"{path}.{part}": array for part, array in parts.items()}
-            unpacked[name] = dequantize(parts, how, mx.float32)
+            unpacked[name] = plain_of(parts, how)
             block[path] = how.to_dict()
     packed = opened(written(tmp_path / "packed", source, weights, quantization=block))
     plain = opened(written(tmp_path / "plain", source, unpacked))
