@@ -146,7 +146,7 @@ def from_pixels(
 
     Errors: PromptError for any other array.
     """
-    return scaled(name, _from_array(pixels), config, budget, size)
+    return scaled(name, _from_array(pixels, name), config, budget, size)
 
 
 def _decode(source: Source, access: Access) -> tuple[str, "Image"]:
@@ -171,7 +171,7 @@ def _decode(source: Source, access: Access) -> tuple[str, "Image"]:
     return name, _guarded(name, lambda: rgb(_open(name, data)))
 
 
-def _from_array(array: np.ndarray) -> "Image":
+def _from_array(array: np.ndarray, name: str = "array") -> "Image":
     from PIL import Image
 
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
@@ -180,7 +180,7 @@ def _from_array(array: np.ndarray) -> "Image":
             f"a picture's array is {array.dtype} {list(array.shape)}; expected uint8 [height, width, 3], at least one"
             f" pixel.{hint}"
         )
-    _check_pixels("array", array.shape[1], array.shape[0])
+    check_pixels(name, array.shape[1], array.shape[0])
     return Image.fromarray(np.ascontiguousarray(array), "RGB")
 
 
@@ -192,7 +192,7 @@ def _open(name: str, data: bytes) -> "Image":
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow's: about sizes, which are checked here, and odd metadata
         picture = Image.open(BytesIO(data), formats=FORMATS)
-    _check_pixels(name, *picture.size)
+    check_pixels(name, *picture.size)
     return picture
 
 
@@ -204,11 +204,12 @@ def _open_heic(name: str, data: bytes) -> "Image":
             f"{name}: HEIC pictures need an extra: pip install 'mlx-diffgemma[heic]', or export it as JPEG."
         ) from None
     heif = pillow_heif.open_heif(BytesIO(data), convert_hdr_to_8bit=True)
-    _check_pixels(name, *heif.size)
+    check_pixels(name, *heif.size)
     return heif.to_pillow()
 
 
-def _check_pixels(name: str, width: int, height: int) -> None:
+def check_pixels(name: str, width: int, height: int) -> None:
+    """Errors: PromptError for more pixels than one picture may have."""
     if width * height > PIXELS:
         raise PromptError(f"{name}: {width:,} × {height:,} pixels are more than {PIXELS:,}; scale it down first.")
 
