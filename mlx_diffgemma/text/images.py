@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,21 @@ class PictureConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Seen:
+    """To what a picture was scaled."""
+
+    name: str
+    original: tuple[int, int]  # width, height, upright
+    size: tuple[int, int]  # width, height as the tower sees it
+    tokens: int  # soft tokens
+    budget: int
+
+    def __str__(self) -> str:
+        (w, h), (wide, high) = self.original, self.size
+        return f"{self.name}: {w} × {h} → {wide} × {high}, {self.tokens} tokens of {self.budget}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Picture:
     """A picture scaled for the tower. Two with one `key` give the same soft tokens."""
 
@@ -52,6 +67,7 @@ class Picture:
     budget: int
     config: PictureConfig
     draw: Callable[[], np.ndarray] = field(compare=False, repr=False)  # → pixels, uint8 [height, width, 3]
+    source: str | None = field(default=None, compare=False, repr=False)  # the path or URL that it was opened from
 
     @property
     def tokens(self) -> int:
@@ -69,9 +85,12 @@ class Picture:
         squares = self.draw().reshape(height // p, p, width // p, p, 3).swapaxes(1, 2)
         return _LEVELS[squares].reshape(-1, 3 * p * p)
 
+    @property
+    def seen(self) -> Seen:
+        return Seen(name=self.name, original=self.original, size=self.size, tokens=self.tokens, budget=self.budget)
+
     def __str__(self) -> str:
-        (w, h), (wide, high) = self.original, self.size
-        return f"{self.name}: {w} × {h} → {wide} × {high}, {self.tokens} tokens of {self.budget}"
+        return str(self.seen)
 
 
 _LEVELS = (np.arange(256) * (1 / 255)).astype(np.float32)  # rounded once, as the reference does
@@ -89,7 +108,8 @@ def open_picture(
         return source
     tokens = budget_of(budget, config.budget)
     name, picture = _decode(source, access)
-    return scaled(name, picture, config, tokens)
+    written = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+    return replace(scaled(name, picture, config, tokens), source=written)
 
 
 def budget_of(asked: int | str | None, default: int) -> int:
