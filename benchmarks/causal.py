@@ -12,6 +12,7 @@ Scoring: log-probabilities of 256 committed tokens from the hidden states of the
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def scoring(network: Network, prefix: int, runs: int) -> dict[str, Any]:
     return {"prefix": prefix, "seconds": seconds, "share": share}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prefix", type=int, nargs="+", default=[300, 4096])
     parser.add_argument("--runs", type=int, default=20)
@@ -132,7 +133,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--vocabulary", type=int, default=262_144)
     parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     raw = models.config(asked.hidden, asked.layers, asked.experts, asked.vocabulary)
     network = models.our_network(raw)
     scored = [scoring(network, prefix, max(asked.runs // 4, 1)) for prefix in asked.prefix]
