@@ -99,7 +99,8 @@ def token(network: Network, model: PeerModel, prefix: int, runs: int) -> dict[st
     """A token of both sides behind a prefix."""
     arrays = models.keys_and_values(network, prefix)
     sides = {"ours": OurToken(network, arrays, runs + 8), "mlx-lm": PeerToken(model, arrays)}
-    sides["ours"](), sides["mlx-lm"]()
+    for side in sides.values():
+        side()
     difference = mx.abs(sides["ours"].logits - sides["mlx-lm"].logits).max().item()
     seconds = {name: float(np.median(times)) for name, times in common.alternate(sides, runs).items()}
     counted = {name: memory(side) for name, side in sides.items()}
@@ -138,7 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     network = models.our_network(raw)
     scored = [scoring(network, prefix, max(asked.runs // 4, 1)) for prefix in asked.prefix]
     model = peer(raw, network)
-    packed(network), packed(model)
+    for side in (network, model):
+        packed(side)
     tokens = [token(network, model, prefix, asked.runs) for prefix in asked.prefix]
     rows = []
     for found in tokens:
