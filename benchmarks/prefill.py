@@ -2,7 +2,8 @@
 
     python -m benchmarks.prefill [--length 1024 8192 32768] [--runs 3] [--out FILE]
 
-Real heads and window, hidden size and depth scaled down, float32, random weights, chunks of 2,048. The prefix before
+Real heads and window, hidden size and depth scaled down, float32, random weights, chunks of 2,048. Three layers: a
+sliding one, a full one, and a last one, of which a prefill needs the keys and values alone. The prefix before
 the last chunk is random keys and values, put into each side's cache: what a chunk costs depends on how long it is, not
 on what it says, and the last chunk of a prompt is where memory peaks. "memory" is what the chunk needs beyond weights
 and prefix.
@@ -61,8 +62,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     raw = config(arguments.hidden, 6, 16)
-    raw["text_config"] |= {"vocab_size": arguments.vocabulary, "num_hidden_layers": 2}
-    raw["text_config"]["layer_types"] = ["sliding_attention", "full_attention"]
+    raw["text_config"] |= {"vocab_size": arguments.vocabulary, "num_hidden_layers": 3}
+    raw["text_config"]["layer_types"] = ["sliding_attention", "full_attention", "full_attention"]
     network = our_network(raw)
     model = peer_model(raw, network)
     document: dict[str, Any] = {**common.provenance(), "config": raw, "results": []}
