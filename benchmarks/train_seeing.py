@@ -156,12 +156,15 @@ def batch(model: DiffusionGemma, seen: Seen, rng: np.random.Generator) -> tuple[
     return made, mx.array(seen.soft[chosen])
 
 
-def train(folder: Path, steps: int, *, pictures: int, every: int = 100) -> Iterator[dict[str, Any]]:
+def train(folder: Path, steps: int, *, pictures: int, every: int = 250) -> Iterator[dict[str, Any]]:
     """Train, and save at the end; yields what it measures `every` steps."""
     speller, model = speller_of(folder), load(BUILT_IN)
-    seen, unseen = look_at(speller, 1, pictures), look_at(speller, HELD_OUT_SEED, 64, unseen=True)
+    seen, unseen = look_at(speller, 1, pictures), look_at(speller, HELD_OUT_SEED, 32, unseen=True)
+    projection = fitted(model.network, model, seen)
     adapters.attach(model.network, LORA)
-    seeing = Seeing(model.network, fitted(model.network, model, seen))
+    seeing = Seeing(model.network, projection)
+    for layer in model.network.decoder.layers:
+        layer.experts = objective.AllExperts(layer.experts)  # few: quicker than gathering, also when answering
     rates = optim.join_schedules(
         [optim.linear_schedule(0, RATE, WARMUP), optim.cosine_decay(RATE, max(steps - WARMUP, 1))], [WARMUP]
     )
@@ -245,7 +248,7 @@ def _feature(seeing: Seeing, seen: Seen, number: int) -> Any:
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--steps", default=1500, help=f"Of {BATCH} questions.")
-@click.option("--pictures", default=12_000, help="To learn from.")
+@click.option("--pictures", default=6_000, help="To learn from.")
 @click.option("--score", "held_out", type=int, help="Train nothing; score what is there on so many held-out pictures.")
 def main(folder: Path, steps: int, pictures: int, held_out: int | None) -> None:
     torch.set_num_threads(1)
