@@ -12,11 +12,13 @@ import numpy as np
 
 from ..errors import PromptError, TokenizerError
 from ..generation.events import CanvasRow, Committed, Denoised, Event, Prefilled
+from ..generation.run import told_of_pictures
 from ..generation.settings import GenerationOptions
 from ..model.memory import STEP, memory_needed, weight_bytes
 from ..pipeline.constraints import Asked
 from ..pipeline.drafts import Draft
 from ..pipeline.model import DiffusionGemma
+from ..pipeline.prompts import PromptIds
 from ..pipeline.requests import Request
 from ..pipeline.results import Result
 from ..text.channels import QUOTE
@@ -36,7 +38,7 @@ from .exchange import (
     Reading,
     Said,
 )
-from .prefixes import Prefixes
+from .prefixes import Key, Prefixes
 from .typed import typed_call
 
 TURN = 32  # tokens of autoregressive decoding that count as one canvas: nobody waits longer for them
@@ -66,6 +68,8 @@ class Answering:
         stop_ids = frozenset(self.request.settings.stop_ids)
         self.rows = [_Row(model.tokenizer, prompt, order, stop_ids) for prompt in self.request.prompts]
         self.needed = rows * held(model, max(map(len, self.request.prompts)) + self.request.settings.max_tokens)
+        if any(self.request.pictures):
+            self.needed += model.seeing.needed(self.request.pictures[0])
         self.seconds = {"queue": 0.0, "prefill": 0.0, "denoise": 0.0}
         self.reused = 0
 
@@ -88,7 +92,7 @@ class Answering:
         for event in events:
             if isinstance(event, Prefilled):
                 if event.tokens in pauses and cache is not None:
-                    prefixes.keep(self.request.prompts[0][: event.tokens], cache)
+                    prefixes.keep(self.request.keys[0][: event.tokens], self.request.network, cache)
                 yield Beat(news=(Reading(tokens=event.tokens, total=event.total),), turn_is_over=True)
             elif isinstance(event, Denoised):
                 yield Beat(news=self._drafts(event))
@@ -109,10 +113,11 @@ class Answering:
         options = GenerationOptions(**order.options)
         if isinstance(of, Gap):
             return self.model.prepare_fill(prefix=of.prefix, suffix=of.suffix, seed=order.seed, **options)
-        prompts = [self._ids(of)] if isinstance(of, Conversation) else [self._text_ids(p) for p in of.prompts]
-        self._check_length(max(map(len, prompts)))
+        prompts = [self._read(of)] if isinstance(of, Conversation) else [self._text_ids(p) for p in of.prompts]
+        longest = max((prompt for prompt in prompts), key=lambda prompt: len(prompt.ids))
+        self._check_length(longest)
         if "max_tokens" not in options:
-            options["max_tokens"] = self._room(max(map(len, prompts)), most_bytes // (order.copies * len(prompts)))
+            options["max_tokens"] = self._room(len(longest.ids), most_bytes // (order.copies * len(prompts)))
         if most_tokens is not None:
             options["max_tokens"] = min(options["max_tokens"], most_tokens)
         rows = [prompt for prompt in prompts for _ in range(order.copies)]
@@ -120,7 +125,7 @@ class Answering:
         prompt: Any = rows if len(rows) > 1 else rows[0]
         return self.model.prepare(prompt, seed=order.seed, constraint=language, **options)
 
-    def _ids(self, of: Conversation) -> list[int]:
+    def _read(self, of: Conversation) -> PromptIds:
         reads = self.model.tokenizer.reads
         thinking = of.thinking
         if thinking is not None and not reads("enable_thinking"):
@@ -131,19 +136,20 @@ class Answering:
             "template_options": of.template_options,
             "sanitize_control_tokens": True,
         }
-        return self.model.ids(of.messages, **self.template)
+        return self.model.read(of.messages, **self.template)
 
-    def _text_ids(self, prompt: str | list[int]) -> list[int]:
-        return self.model.text_ids(prompt) if isinstance(prompt, str) else self.model.ids(prompt)
+    def _text_ids(self, prompt: str | list[int]) -> PromptIds:
+        return self.model.read(self.model.text_ids(prompt) if isinstance(prompt, str) else prompt)
 
-    def _check_length(self, longest: int) -> None:
+    def _check_length(self, prompt: PromptIds) -> None:
         limit, options = self.model.config.max_position_embeddings, self.order.options
         canvas = options.get("canvas_length") or self.model.config.canvas_length
         least = 1 if options.get("decoding") == "autoregressive" else canvas
-        if longest + least > limit:
+        if (longest := len(prompt.ids)) + least > limit:
+            seen = self.model.seeing.blocks(prompt.pictures) if prompt.pictures else []
             raise TooLong(
                 f"This model's context is {limit} tokens. The prompt has {longest}, and {least} more are needed for an"
-                " answer. Shorten the prompt."
+                f" answer. {told_of_pictures(seen, limit - least - longest)}Shorten the prompt."
             )
 
     def _room(self, longest: int, most_bytes: int) -> int:
@@ -162,12 +168,12 @@ class Answering:
         a seed: a prompt in pieces is the same but for rounding, and a seed promises the same."""
         if len(self.rows) > 1 or not isinstance(self.order.of, Conversation) or self.order.seed is not None:
             return None, []
-        ids = self.request.prompts[0]
-        cache = prefixes.longest(ids) or self.model.network.make_cache()
+        key, network = self.request.keys[0], self.request.network
+        cache = prefixes.longest(key, network) or network.make_cache()
         self.reused = cache.length
-        return cache, [end for end in self._lasting_ends(ids, self.order.of) if cache.length < end]
+        return cache, [end for end in self._lasting_ends(key, self.order.of) if cache.length < end]
 
-    def _lasting_ends(self, ids: list[int], of: Conversation) -> list[int]:
+    def _lasting_ends(self, key: Key, of: Conversation) -> list[int]:
         """How many ids other conversations with this system prompt and these tools share, and how many this
         conversation's next turn."""
         system = [message for message in of.messages[:1] if message.get("role") in ("system", "developer")]
@@ -177,7 +183,8 @@ class Answering:
         found = []
         for messages in others:
             try:
-                found.append(_common(ids, self.model.ids(messages, **self.template)))
+                other = self.model.read(messages, **self.template)
+                found.append(_common(key, other.key(self.request.settings.picture_mask)))
             except TokenizerError:  # a template that wants its turns in another order: nothing is kept there
                 continue
         return found
@@ -240,6 +247,7 @@ class Answering:
             departures=settings.departures | request.departures,
             tuning=self.model.network.tuning.fingerprint,
             seconds=dict(self.seconds),
+            pictures=tuple(placed.picture.seen for placed in request.pictures[0]),
         )
 
     def _choose(self) -> Iterator[Beat]:
@@ -412,7 +420,7 @@ def _begun(text: str, stop: str) -> int:
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def _common(a: Key, b: Key) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

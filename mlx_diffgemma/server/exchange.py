@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..errors import DiffGemmaError
 from ..generation.settings import GenerationOptions
+from ..text.images import PictureConfig, Seen
 from ..text.language.texts import MARK, Hole
 
 
@@ -21,6 +22,7 @@ class Served:
     context: int  # tokens
     tools: bool  # whether its chat template reads tools
     thinking: bool  # and whether it can be told to think
+    pictures: PictureConfig | None = None  # how it wants pictures; None: it has no eyes
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -29,7 +31,7 @@ class Served:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Chat messages to be answered."""
+    """Chat messages to be answered; the pictures in them are opened before the order is given."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
@@ -186,6 +188,7 @@ class Ended:
     tuning: str
     seconds: dict[str, float]  # queue, prefill, denoise, commit
     choices: tuple[Choice, ...] = ()  # of Decisions
+    pictures: tuple[Seen, ...] = ()  # of the prompt
 
 
 @dataclass(frozen=True, kw_only=True)

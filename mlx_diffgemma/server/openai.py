@@ -11,6 +11,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ..errors import ConfigError
@@ -374,6 +375,7 @@ class _Translation(ABC):
     def report(self, ended: Ended) -> Json:
         """What is our own in an answer."""
         unread = [call for answer in ended.answers for call in answer.unread_calls]
+        seen = [asdict(picture) for picture in ended.pictures]
         return {
             "canvases": sum(answer.canvases for answer in ended.answers),
             "steps": sum(answer.steps for answer in ended.answers),
@@ -383,6 +385,7 @@ class _Translation(ABC):
             "timings": {f"{name}_seconds": round(value, 4) for name, value in ended.seconds.items()},
             "ignored": self.ignored,
             **({"unread_tool_calls": unread} if unread else {}),
+            **({"pictures": seen} if seen else {}),
         }
 
 

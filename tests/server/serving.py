@@ -16,7 +16,9 @@ import uvicorn
 from mlx_diffgemma.pipeline.model import DiffusionGemma
 from mlx_diffgemma.server.app import app
 from mlx_diffgemma.server.guard import Rules
+from mlx_diffgemma.server.pictures import HERE
 from mlx_diffgemma.server.scheduler import Scheduler
+from mlx_diffgemma.text.sources import Access
 from tests import small
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -44,11 +46,13 @@ class Running:
 
 
 @contextmanager
-def serving(load: Callable[[], DiffusionGemma], *, rules: Rules | None = None, **options: Any) -> Iterator[Running]:
+def serving(
+    load: Callable[[], DiffusionGemma], *, rules: Rules | None = None, access: Access = HERE, **options: Any
+) -> Iterator[Running]:
     scheduler = Scheduler(load, **options)
     scheduler.start()
     served = scheduler.served("small")
-    config = uvicorn.Config(app(scheduler, served, rules), log_level="error", lifespan="off", ws="none")
+    config = uvicorn.Config(app(scheduler, served, rules, access), log_level="error", lifespan="off", ws="none")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
