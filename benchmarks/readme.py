@@ -168,10 +168,8 @@ def quality(document: dict[str, Any]) -> str:
         f"{measured_recipes.table(document['recipes'])}\n\n"
         "The built-in model in each recipe, computed in float32. Left: at settled canvases with half of their tokens"
         " replaced, against the\nunpacked model. Right: answers by the default sampler to"
-        f" {document['count']} held-out questions of each of five tasks under {seeds} seeds,\n"
-        f"and to {document['hard']} hard ones of each of three kinds: Sudokus of 12–18 givens, repeated names, unseen"
-        f" templates and longer JSON\n(`python -m benchmarks.recipes`, MLX {document['versions']['mlx']} on a CPU,"
-        f" {document['date'][:10]})."
+        f" {document['count']} held-out questions of each of five tasks under {seeds} seeds\n"
+        f"(`python -m benchmarks.recipes`, MLX {document['versions']['mlx']} on a CPU, {document['date'][:10]})."
         " A million weights say little about 26 billion.\n"
     )
 
