@@ -8,10 +8,12 @@ import mlx.core as mx
 
 from ..generation.drawing import Decode, text_html
 from ..generation.events import CanvasRow, Committed, Denoised, Event, Finished, Statistics
+from ..text.images import Seen
 from ..text.tokenizer import Tokenizer
 from .constraints import Compiled, Obeyed, obeyed
 from .drafts import Draft
 from .pace import Pace
+from .prompts import Placed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,7 @@ class Result:
     seed: int | None  # None when the noise was recorded
     constraint: Obeyed | None = None  # how it was held to its constraint, if there was one
     holes: tuple[str, ...] | None = None  # what stands in the holes of a text that was filled in; `text` is all of it
+    pictures: tuple[Seen, ...] = ()  # of the prompt: to what each was scaled, and how many tokens it took
     hint: str = ""  # whether the other decoding would have been faster, once this process has measured both
 
     @property
@@ -59,6 +62,7 @@ class Answers:
         seeds: Sequence[int | None],
         *,
         constraints: Sequence[Compiled | None] | None = None,
+        pictures: Sequence[Sequence[Placed]] = (),
         draft: Draft | None = None,
         departures: dict[str, Any] | None = None,
         pace: Pace | None = None,
@@ -66,6 +70,7 @@ class Answers:
         self.tokenizer, self.seeds, self.draft, self.departures = tokenizer, seeds, draft, departures or {}
         self.pace = pace
         self.constraints = constraints or [None] * len(prompts)
+        self.pictures = pictures or [()] * len(prompts)
         self._answers = [_Answer(tokenizer, prompt) for prompt in prompts]
 
     def read(self, row: int, ids: tuple[int, ...], *, last: bool) -> tuple[str, str]:
@@ -91,6 +96,7 @@ class Answers:
             canvases=canvases,
             statistics=replace(statistics, departures=statistics.departures | self.departures),
             seed=self.seeds[row],
+            pictures=tuple(placed.picture.seen for placed in self.pictures[row]),
             hint=self.pace.hint(canvases, statistics) if self.pace and len(self.seeds) == 1 else "",
             constraint=obeyed(made, canvases) if made else None,
             holes=draft.filled(text) if draft else None,
@@ -141,6 +147,7 @@ def result_json(result: Result) -> dict[str, Any]:
     return (
         constrained
         | filled
+        | _pictures_json(result.pictures)
         | {
             "text": result.text,
             "thinking": result.thinking,
@@ -154,6 +161,10 @@ def result_json(result: Result) -> dict[str, Any]:
             "statistics": statistics_json(result.statistics),
         }
     )
+
+
+def _pictures_json(pictures: Sequence[Seen]) -> dict[str, Any]:
+    return {"pictures": [asdict(picture) for picture in pictures]} if pictures else {}
 
 
 def statistics_json(statistics: Statistics) -> dict[str, Any]:
@@ -175,7 +186,8 @@ def event_json(event: Event, decode: Decode) -> dict[str, Any]:
         spoken = {"text": event.text, "thinking": event.thinking}
         return kind | {"canvas": event.index} | spoken | _canvas_json(event.rows[0])
     if isinstance(event, Finished):
-        return kind | {"reason": event.reasons[0], "statistics": statistics_json(event.statistics)}
+        ended = {"reason": event.reasons[0], "statistics": statistics_json(event.statistics)}
+        return kind | ended | _pictures_json(event.result.pictures if event.result else ())
     return kind | asdict(event)
 
 
