@@ -26,14 +26,14 @@ def memory_needed(
     item_size: int = 2,
     *,
     forks: int = 0,
-    sight: "Sight | None" = None,
+    sight: "SightMemory | None" = None,
 ) -> int:
     """Bytes to denoise behind a prefix of that many tokens: weights, keys and values, one step. `sight` is what
     pictures add, where a prompt has some.
 
     `forks` of the prefix that are kept beside it hold windows of their own; what full layers hold is shared.
     """
-    total = weight_bytes + (STEP if sight is None else sight.weights + sight.tokens + max(STEP, sight.looking))
+    total = weight_bytes + STEP + (0 if sight is None else sight.added)
     for layer in config.layers:
         positions = min(prefix, config.sliding_window - 1) if layer.is_sliding else prefix
         held = 2 * layer.num_kv_heads * layer.head_dim * (positions + config.canvas_length) * item_size
@@ -42,7 +42,7 @@ def memory_needed(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sight:
+class SightMemory:
     """Bytes that pictures take: the tower's weights, all soft tokens, and looking at the largest picture, which is over
     before a step begins: the larger of the two is needed."""
 
@@ -50,8 +50,13 @@ class Sight:
     tokens: int
     looking: int
 
+    @property
+    def added(self) -> int:
+        """Beside what a run without pictures needs."""
+        return self.weights + self.tokens + max(self.looking - STEP, 0)
+
     @classmethod
-    def of(cls, eyes: Eyes, patches: Sequence[int]) -> "Sight":
+    def of(cls, eyes: Eyes, patches: Sequence[int]) -> "SightMemory":
         """For pictures of so many patches each; nothing need be read yet."""
         config, arrays = eyes.vision_tower.config, leaves(eyes.parameters())
         size = arrays["vision_tower.patch_embedder.position_embedding_table"].dtype.size

@@ -13,7 +13,7 @@ from ..config import ModelConfig
 from ..errors import ConfigError, MemoryLimitError
 from ..files import layout
 from ..files.streaming import SLOTS, spread
-from ..model.memory import MACS, STEP, Sight, lent, machine_limit, memory_needed
+from ..model.memory import MACS, STEP, SightMemory, lent, machine_limit, memory_needed
 from ..model.network import Network, leaves
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def check_memory(
     *,
     rows: int = 1,
     forks: int = 0,
-    sight: Sight | None = None,
+    sight: SightMemory | None = None,
 ) -> None:
     """Errors: MemoryLimitError when the weights, or they and the context, or these and the pictures (`sight`), cannot
     fit; says what would."""
@@ -154,11 +154,10 @@ def check_memory(
             f" {limit / 1e9:.1f} GB.\nUp to {fits} tokens of prompt and reply would fit."
         )
     if sight is not None:
-        seeing = needed(prefix) + memory_needed(config, 0, 0, sight=sight) - memory_needed(config, 0, 0)
-        own = seeing - needed(prefix)
+        seeing = needed(prefix) + sight.added
         if seeing > limit:
             raise MemoryLimitError(
-                f"with its pictures this prompt needs {seeing / 1e9:.1f} GB, {own / 1e9:.2f} GB of it to see them;"
+                f"with its pictures this prompt needs {seeing / 1e9:.1f} GB, {sight.added / 1e9:.2f} GB of it to see them;"
                 f" {lender} lets it use {limit / 1e9:.1f} GB.\n"
                 "Give fewer pictures, a smaller budget for each, or take a recipe of fewer bits."
             )

@@ -130,7 +130,7 @@ def looking(eyes: Eyes, budget: int, repeat: int) -> dict[str, Any]:
     config = eyes.vision_tower.config
     pictures = PictureConfig(patch_size=config.patch_size, pooling=config.pooling_kernel_size)
     pixels = np.random.default_rng(0).integers(0, 256, (*PHOTOGRAPH, 3), np.uint8)
-    needed = max(scaled_size(*PHOTOGRAPH[::-1], budget, pictures)) // config.patch_size
+    needed = max(scaled_size(PHOTOGRAPH[1], PHOTOGRAPH[0], budget, pictures)) // config.patch_size
     if needed > config.position_embedding_size:
         raise ConfigError(
             f"this model's eyes know {config.position_embedding_size} places a side, and a picture of {budget} tokens"

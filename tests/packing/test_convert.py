@@ -254,7 +254,7 @@ def test_a_dry_run_of_a_hub_repository_needs_its_config_alone(tmp_path: Path, mo
     assert not any("safetensors" in pattern for pattern in asked[0]["allow_patterns"])
     assert "16,556,429,016" in dry.stdout
     assert "32 GB" in dry.stdout
-    assert "Prompts with pictures: 1.14 GB more, the vision tower; others leave it on the disk." in dry.stdout
+    assert "Prompts with pictures: 1.15 GB more, the vision tower; others leave it on the disk." in dry.stdout
 
 
 def test_uploads_are_refused_early_and_done_late(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,7 +213,7 @@ def test_memory_to_run_is_weights_prefix_and_a_step() -> None:
 def test_memory_to_see_is_tower_soft_tokens_and_the_larger_of_a_look_and_a_step() -> None:
     eyes = Eyes(VisionConfig.from_dict(dict(RELEASED.vision or {})), RELEASED.hidden_size)
     eyes.set_dtype(mx.bfloat16)
-    sight = memory.Sight.of(eyes, (2520, 10_080))
+    sight = memory.SightMemory.of(eyes, (2520, 10_080))
     assert sight.weights == 2 * sum(math.prod(s.shape) for s in layout.sources(RELEASED) if s.component == "vision")
     assert sight.tokens == 1400 * 2816 * 2
     assert 0.2e9 < sight.looking < memory.STEP  # a look at 1,120 tokens takes less than a step does
@@ -224,7 +224,7 @@ def test_memory_to_see_is_tower_soft_tokens_and_the_larger_of_a_look_and_a_step(
 
 
 def test_pictures_that_do_not_fit_in_memory_are_refused() -> None:
-    sight = memory.Sight(weights=2_000_000_000, tokens=10_000_000, looking=0)
+    sight = memory.SightMemory(weights=2_000_000_000, tokens=10_000_000, looking=0)
     needed = memory.memory_needed(RELEASED, 10_000_000_000, 4096)
     fitting.check_memory(RELEASED, 10_000_000_000, needed + 2_010_000_000, 4096, sight=sight)
     fitting.check_memory(RELEASED, 10_000_000_000, needed, 4096)
