@@ -157,7 +157,7 @@ def check_memory(
         seeing = needed(prefix) + sight.added
         if seeing > limit:
             raise MemoryLimitError(
-                f"with its pictures this prompt needs {seeing / 1e9:.1f} GB, {sight.added / 1e9:.2f} GB of it to see them;"
-                f" {lender} lets it use {limit / 1e9:.1f} GB.\n"
+                f"with its pictures this prompt needs {seeing / 1e9:.1f} GB, {sight.added / 1e9:.2f} GB of it to see"
+                f" them; {lender} lets it use {limit / 1e9:.1f} GB.\n"
                 "Give fewer pictures, a smaller budget for each, or take a recipe of fewer bits."
             )
