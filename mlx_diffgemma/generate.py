@@ -125,9 +125,18 @@ class Reply:
             raise click.UsageError("--noise has its noise already: --save-noise would only copy it.")
         if self.noise is not None:
             existing_file(self.noise, "--noise")
+        self._check_shown()
         for option, file in (("--save-noise", self.save_noise), ("--record", self.record)):
             if file is not None:
                 new_file(file, option)
+
+    def _check_shown(self) -> None:
+        """What can be known of pictures before a model is loaded. Errors: PromptError."""
+        if self.shown.option:
+            from .text import sources
+
+            for source in (*self.images, *self.videos, *self.pdfs):
+                sources.check(source, folders=source in self.videos)
 
     @property
     def talkative(self) -> bool:

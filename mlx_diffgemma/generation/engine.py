@@ -204,10 +204,10 @@ class _Run(Run):
         committed = []
         for number, row in enumerate(self.rows):
             on = trace.running[number]
-            ids, reason = kept[number], row.reason if on else ""
-            text, thinking = self.reader.read(number, ids, last=bool(reason)) if on else ("", "")
+            ids, ending = kept[number], {"reason": row.reason, "stop_id": row.stop_id} if on else {}
+            text, thinking = self.reader.read(number, ids, last=bool(row.reason)) if on else ("", "")
             told_of = {**trace.row(number), **scores.get(number, {}), "log_probability": probable.get(number)}
-            made = CanvasRow(ids=ids, reason=reason, text=text, thinking=thinking, **told_of)
+            made = CanvasRow(ids=ids, text=text, thinking=thinking, **ending, **told_of)
             row.canvases += [made] if made.steps else []
             committed.append(made)
         return Committed(index=index, rows=tuple(committed))

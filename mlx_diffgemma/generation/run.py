@@ -79,6 +79,7 @@ class Row:
 
     left: int  # tokens it may still get
     reason: str = ""  # empty while it runs
+    stop_id: int | None = None  # the one that ended it
     canvases: list[CanvasRow] = field(default_factory=list)
     counted: int = 0  # tokens, as tokens_per_forward counts them
 
@@ -89,7 +90,7 @@ class Row:
         kept = ids[: min(stop, self.left)]
         self.left -= len(kept)
         if stop == len(kept) and stop < len(ids):
-            self.reason = "stop"
+            self.reason, self.stop_id = "stop", ids[stop]
         elif self.left == 0 or last:
             self.reason = "length"
         return tuple(kept)

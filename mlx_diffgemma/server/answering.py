@@ -4,16 +4,17 @@ import bisect
 import codecs
 import json
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from ..errors import PromptError, TokenizerError
-from ..generation.events import CanvasRow, Committed, Denoised, Event, Prefilled
+from ..generation.events import CanvasRow, Committed, Denoised, Prefilled
 from ..generation.run import told_of_pictures
 from ..generation.settings import GenerationOptions
+from ..generation.vocabulary import Scores
 from ..model.memory import STEP, memory_needed, weight_bytes
 from ..pipeline.constraints import Asked
 from ..pipeline.drafts import Draft
@@ -21,6 +22,7 @@ from ..pipeline.model import DiffusionGemma
 from ..pipeline.prompts import PromptIds
 from ..pipeline.requests import Request
 from ..pipeline.results import Result
+from ..pipeline.scores import score_parts
 from ..text.channels import QUOTE
 from ..text.tokenizer import Tokenizer
 from .exchange import (
@@ -41,6 +43,7 @@ from .exchange import (
 from .prefixes import Key, Prefixes
 from .typed import typed_call
 
+T = TypeVar("T")
 TURN = 32  # tokens of autoregressive decoding that count as one canvas: nobody waits longer for them
 
 
@@ -79,13 +82,18 @@ class Answering:
             prompt_tokens=self._prompt_tokens,
             seeds=tuple(cast(Sequence[int], self.request.seeds)),
             left_out=self.left_out,
-            prompts=self._echoed(),
         )
 
     def run(self, prefixes: Prefixes) -> Iterator[Beat]:
         """Closing it stops within a step. Errors: whatever a generation may raise."""
+        yield from self._echo()
         if self.request.settings.chooses:
             yield from self._choose()
+            return
+        if isinstance(self.order.of, Continuations) and self.order.of.only_echo:
+            for row in self.rows:
+                row.reason = "length"
+            yield Beat(news=(self._ended(),), turn_is_over=True)
             return
         cache, pauses = self._start(prefixes)
         events = self._clocked(self.request.events_among_others(cache, pauses))
@@ -194,18 +202,41 @@ class Answering:
         """Each prompt counts once, however many answers it gets."""
         return sum(map(len, self.request.prompts[:: self.order.copies]))
 
-    def _echoed(self) -> tuple[str, ...]:
-        of = self.order.of
+    def _echo(self) -> Iterator[Beat]:
+        """The prompts, in front of their answers: with log-probabilities by the causal pass, where those are wanted."""
+        of, copies = self.order.of, self.order.copies
         if not isinstance(of, Continuations) or not of.echo:
-            return ()
-        return tuple(p if isinstance(p, str) else self.model.tokenizer.decode(p) for p in of.prompts)
+            return
+        for index, prompt in enumerate(of.prompts):
+            ids, rows = self.request.prompts[index * copies], range(index * copies, (index + 1) * copies)
+            scores: list[tuple[int, float | None, Sequence[Any]]] = [(ids[0], None, ())]
+            for part in self._scored(ids):
+                tops = part.top or [()] * len(part.logprobs)
+                scores += zip(ids[len(scores) :], part.logprobs, tops, strict=False)
+                yield Beat(turn_is_over=True)
+            text = prompt if isinstance(prompt, str) else self.model.tokenizer.decode(prompt)
+            told = scores[1:] if isinstance(prompt, str) and self._begins(ids) else scores
+            for row in rows:
+                logprobs = self.rows[row].echo(text, told)
+                yield Beat(news=(Said(row=row, block=0, text=text, thinking="", logprobs=logprobs),))
+
+    def _begins(self, ids: list[int]) -> bool:
+        """Whether the ids of a text begin with <bos>, which no text has."""
+        return ids[0] == self.model.tokenizer.bos_id
+
+    def _scored(self, ids: list[int]) -> Iterator[Scores]:
+        """All ids but the first, chunk by chunk; none where no log-probabilities are wanted."""
+        settings = self.request.settings
+        if self.rows[0].scored and len(ids) > 1:
+            chunk, top = settings.prefill_step_size, settings.top_logprobs
+            yield from self._clocked(score_parts(self.model.network, ids, chunk=chunk, top=top))
 
     # ---------------------------------------------------------------------------------------------------- the events
 
-    def _clocked(self, events: Iterator[Event]) -> Generator[Event, None, None]:
+    def _clocked(self, events: Iterator[T]) -> Generator[T, None, None]:
         began = time.perf_counter()
         for event in events:
-            kind = "prefill" if isinstance(event, Prefilled) else "denoise"
+            kind = "prefill" if isinstance(event, Prefilled | Scores) else "denoise"
             self.seconds[kind] += time.perf_counter() - began
             yield event
             began = time.perf_counter()
@@ -266,6 +297,7 @@ class _Row:
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], order: Order, stop_ids: frozenset[int]):
         self.tokenizer, self.cut, self.stop_ids = tokenizer, Cut(order.stops), stop_ids
         self.scored = bool(order.options.get("logprobs"))
+        self.tells_stop = isinstance(order.of, Continuations)  # with its log-probability: a text's end is part of it
         self.open_channel = tokenizer.opens_channel(prompt)
         self.ids: list[int] = []
         self.text = self.thinking = self.reason = ""
@@ -286,9 +318,17 @@ class _Row:
         self.shown = (self.shown[0] + made.text, self.shown[1] + made.thinking)
         text = "" if hidden else self.cut.add(made.text, last=bool(made.reason))
         self.text, self.thinking = self.text + text, self.thinking + made.thinking
-        told = tuple(self._logprobs(made)) if made.logprobs is not None else ()
+        ids = made.ids if made.stop_id is None or not self.tells_stop else (*made.ids, made.stop_id)
+        tops, own = made.top_logprobs or [()] * len(ids), made.canvas_logprobs or [None] * len(ids)
+        told = tuple(map(self._logprob, ids, made.logprobs or (), tops, own))
         self.logprobs += told
         return text, made.thinking, told
+
+    def echo(self, text: str, scores: Iterable[tuple[int, float | None, Sequence[Any]]]) -> tuple[Logprob, ...]:
+        """The prompt stands in front: its text, and of its tokens id, log-probability and the likeliest."""
+        told = tuple(self._logprob(*score) for score in scores) if self.scored else ()
+        self.text, self.logprobs = text, list(told)
+        return told
 
     def fill(self, text: str) -> str:
         self.text = self.cut.add(text, last=True)
@@ -339,13 +379,10 @@ class _Row:
             return text, "content"
         return (thinking, "reasoning") if thinking else (_arguments(parts.tool_calls[-1]), "tool")
 
-    def _logprobs(self, made: CanvasRow) -> Iterator[Logprob]:
-        tops: Sequence[Any] = made.top_logprobs or [()] * len(made.ids)
-        own: Sequence[Any] = made.canvas_logprobs or [None] * len(made.ids)
-        for token, nats, top, canvas in zip(made.ids, made.logprobs or (), tops, own, strict=False):
-            likeliest = tuple((*self._spelled(i), value) for i, value in top)
-            name, spelled = self._spelled(token)
-            yield Logprob(token=name, bytes=spelled, logprob=nats, top=likeliest, canvas_logprob=canvas)
+    def _logprob(self, token: int, nats: float | None, top: Sequence[Any] = (), canvas: float | None = None) -> Logprob:
+        likeliest = tuple((*self._spelled(i), value) for i, value in top)
+        name, spelled = self._spelled(token)
+        return Logprob(token=name, bytes=spelled, logprob=nats, top=likeliest, canvas_logprob=canvas)
 
     def _spelled(self, token: int) -> tuple[str, tuple[int, ...] | None]:
         """A token as text and in bytes; half a character is told by its bytes."""

@@ -45,7 +45,8 @@ class Continuations:
     """Bare texts (or ids) to be gone on with, each by itself."""
 
     prompts: tuple[str | list[int], ...]
-    echo: bool = False  # the prompt stands in front of the answer
+    echo: bool = False  # the prompt stands in front of the answer, with its log-probabilities where those are wanted
+    only_echo: bool = False  # and there is no answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,6 @@ class Accepted:
     prompt_tokens: int
     seeds: tuple[int, ...]  # one a row
     left_out: tuple[str, ...] = ()  # what of the order does nothing with this model
-    prompts: tuple[str, ...] = ()  # the prompts as text, where they are to be echoed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,14 +134,14 @@ class Logprob:
 
     token: str
     bytes: tuple[int, ...] | None  # None: a special token, which is no text
-    logprob: float
+    logprob: float | None  # None: nothing stands in front of it
     top: tuple[tuple[str, tuple[int, ...] | None, float], ...] = ()  # token, bytes and logprob of the likeliest
     canvas_logprob: float | None = None  # what the canvas had for it, beside all others: no part of a chain
 
 
 @dataclass(frozen=True, kw_only=True)
 class Said:
-    """Text that became visible of one row; it stays."""
+    """Text that became visible of one row; it stays. An echoed prompt comes first."""
 
     row: int
     block: int
@@ -154,7 +154,7 @@ class Said:
 class Answer:
     """All of one row."""
 
-    text: str
+    text: str  # an echoed prompt included
     thinking: str
     tool_calls: tuple[dict[str, Any], ...]  # {"name": …, "arguments": {…}}
     unread_calls: tuple[str, ...]  # calls that cannot be read, as they stand

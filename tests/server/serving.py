@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from starlette.types import ASGIApp
 
 from mlx_diffgemma.pipeline.model import DiffusionGemma
 from mlx_diffgemma.server.app import app
@@ -47,12 +48,19 @@ class Running:
 
 @contextmanager
 def serving(
-    load: Callable[[], DiffusionGemma], *, rules: Rules | None = None, access: Access = HERE, **options: Any
+    load: Callable[[], DiffusionGemma],
+    *,
+    rules: Rules | None = None,
+    access: Access = HERE,
+    behind: Callable[[ASGIApp], ASGIApp] = lambda inside: inside,
+    **options: Any,
 ) -> Iterator[Running]:
+    """`behind` is put in front of the application."""
     scheduler = Scheduler(load, **options)
     scheduler.start()
     served = scheduler.served("small")
-    config = uvicorn.Config(app(scheduler, served, rules, access), log_level="error", lifespan="off", ws="none")
+    inside = app(scheduler, served, rules, access)
+    config = uvicorn.Config(behind(inside), log_level="error", lifespan="off", ws="none")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))

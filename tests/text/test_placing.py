@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
-from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
 from transformers.video_utils import VideoMetadata
 
@@ -20,16 +18,10 @@ from mlx_diffgemma.text.tokenizer import Tokenizer
 from mlx_diffgemma.text.video import open_video
 from tests import seeing, small
 from tests.seeing import BOI, BUDGET, EOI, IMAGE, picture
+from tests.text.processor import Processor, processor
 
 FRAME = Frame(begin=BOI, image=IMAGE, end=EOI)
 PICTURES = PictureConfig(patch_size=4, pooling=3, budget=BUDGET)
-
-
-class Processor(Gemma4Processor):
-    """transformers' own, without the parts for sounds and videos, which need other libraries."""
-
-    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        return object
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +37,8 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def processor(folder: Path) -> Processor:
-    theirs = AutoTokenizer.from_pretrained(folder)
-    images = Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=BUDGET, pooling_kernel_size=3)
-    made = Processor(None, images, theirs, None, chat_template=seeing.TEMPLATE)
-    made.boa_token = made.eoa_token = "<none>"
-    return made
+def theirs(folder: Path) -> Processor:
+    return processor(folder)
 
 
 def place(tokenizer: Tokenizer, messages: Any, frame: Frame = FRAME, **options: Any) -> tuple[list[int], Any]:
@@ -83,9 +71,9 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 
 @pytest.mark.parametrize("sanitize", [False, True])
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_ids_are_the_processors(name: str, sanitize: bool, tokenizer: Tokenizer, processor: Processor) -> None:
+def test_ids_are_the_processors(name: str, sanitize: bool, tokenizer: Tokenizer, theirs: Processor) -> None:
     messages = CONVERSATIONS[name]
-    right = processor.apply_chat_template(
+    right = theirs.apply_chat_template(
         messages, tokenize=True, add_generation_prompt=True, return_dict=True, sanitize_control_tokens=sanitize
     )
     ids, spans = place(tokenizer, messages, sanitize_control_tokens=sanitize)
@@ -96,7 +84,7 @@ def test_ids_are_the_processors(name: str, sanitize: bool, tokenizer: Tokenizer,
 
 
 @pytest.mark.parametrize("sanitize", [False, True])
-def test_ids_of_videos_are_the_processors(sanitize: bool, tokenizer: Tokenizer, processor: Processor) -> None:
+def test_ids_of_videos_are_the_processors(sanitize: bool, tokenizer: Tokenizer, theirs: Processor) -> None:
     """Its words for each video, with our picture's token: a checkpoint of this model has no other."""
     films = [
         open_video([picture(n, 40, 20) for n in range(count)], PICTURES, frames=count, rate=0.7) for count in (3, 1)
@@ -104,7 +92,7 @@ def test_ids_of_videos_are_the_processors(sanitize: bool, tokenizer: Tokenizer, 
     parts = [{"type": "video", "video": film} for film in films]
     content = [image(7, 20, 20), text("Look: "), parts[0], text(" and "), parts[1], text("Which?")]
     messages = [{"role": "user", "content": content}]
-    written = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    written = theirs.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     for film in films:
         metadata = VideoMetadata(total_num_frames=film.total, fps=0.7, frames_indices=list(range(film.total)))
         inputs = {"num_soft_tokens_per_video": [film.pictures[0].tokens], "video_metadata": [metadata]}
@@ -113,7 +101,7 @@ def test_ids_of_videos_are_the_processors(sanitize: bool, tokenizer: Tokenizer, 
     first = open_picture(content[0]["image"], PICTURES).tokens
     written = written.replace("<|image|>", f"<|image>{'<|image|>' * first}<image|>", 1)
     ids, spans = place(tokenizer, messages, sanitize_control_tokens=sanitize)
-    assert ids == processor.tokenizer(written, add_special_tokens=False)["input_ids"]
+    assert ids == theirs.tokenizer(written, add_special_tokens=False)["input_ids"]
     assert len(spans) == 5 and "00:02" in tokenizer.decode(ids)
 
 
