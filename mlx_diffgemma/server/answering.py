@@ -77,7 +77,7 @@ class Answering:
         self.rows = [_Row(model.tokenizer, prompt, order, stop_ids) for prompt in self.request.prompts]
         self.needed = rows * held(model, max(map(len, self.request.prompts)) + self.request.settings.max_tokens)
         if any(self.request.pictures):
-            self.needed += model.seeing.needed(self.request.pictures[0])
+            self.needed += model.seeing.memory(self.request.pictures[0]).added
         self.seconds = {"queue": 0.0, "prefill": 0.0, "denoise": 0.0}
         self.reused = 0
 
