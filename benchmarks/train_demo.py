@@ -340,8 +340,11 @@ CHAT_TEMPLATE = """{{ bos_token }}
 {%- for message in messages %}
     {{- "<|turn>" + ("model" if message["role"] == "assistant" else message["role"]) + "\\n" }}
     {%- set content = message["content"] %}
-    {%- set parts = [content] if content is string else content | map(attribute="text") %}
-    {{- parts | join | trim + "<turn|>\\n" }}
+    {%- set said = namespace(text=content if content is string else "") %}
+    {%- for part in content if content is not string %}
+        {%- set said.text = said.text + ("<|image|>" if part["type"] == "image" else part["text"]) %}
+    {%- endfor %}
+    {{- said.text | trim + "<turn|>\\n" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "<|turn>model\\n" }}{% endif %}
 """

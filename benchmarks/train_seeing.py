@@ -6,16 +6,17 @@
 The tower stays as it is. A projection is fitted by least squares, so that a soft token looks like the character that it
 stands for, and trained on with an adapter on the text model: "Read this puzzle:" wants the grid as the text prompts
 write it, "Solve this Sudoku:" the solution. Both are attached only where a prompt has a picture, so nothing that
-is asked in words changes. Writes tower.safetensors (with the projection), adapters.safetensors and adapter_config.json
-into the folder `seeing`, and config.json with the ids around a picture.
+is asked in words changes. Writes mlx_diffgemma/demo/eyes as build/eyes/seeing: model.safetensors, the tower and the
+projection under their names in a checkpoint; config.json with the ids around a picture; adapter/;
+puzzle.png, which the demo shows.
 """
 
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import mlx.core as mx
@@ -41,6 +42,9 @@ from mlx_diffgemma.pipeline.model import DiffusionGemma
 from mlx_diffgemma.text.images import scaled
 from mlx_diffgemma.training import objective
 from mlx_diffgemma.training.objective import Batch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 BEGIN, SOFT, END = 378, 379, 380  # ids around and in a picture: the vocabulary's first unused ones
 READ = ("Read this puzzle:", "Read this Sudoku:", "What is in this picture?")
@@ -193,16 +197,26 @@ def speller_of(folder: Path) -> Speller:
 
 
 def save(folder: Path, seeing: Seeing, speller: Speller) -> None:
-    """What the package ships, but for the ids, which are in config.json."""
+    """What the package ships."""
     target = folder / "seeing"
-    adapters.save(seeing.network, LORA, target)
+    adapters.save(seeing.network, LORA, target / "adapter")
     tower = {f"model.encoder.vision_tower.{n}": mx.array(w.numpy()) for n, w in speller.tower.state_dict().items()}
     projection = {"model.encoder.embed_vision.embedding_projection.weight": seeing.embedding_projection.weight}
-    mx.save_safetensors(str(target / "tower.safetensors"), tower | projection)
+    mx.save_safetensors(str(target / "model.safetensors"), tower | projection, {"format": "mlx"})
     ids = {"boi_token_id": BEGIN, "image_token_id": SOFT, "eoi_token_id": END}
     told = {**ids, "vision_soft_tokens_per_image": PICTURES.budget, "vision_config": VISION}
     with replacing(target / "config.json", "w") as stream:
         stream.write(json.dumps(told, indent=2) + "\n")
+    shown().save(target / "puzzle.png", optimize=True)
+
+
+def shown() -> "Image":
+    """The picture that the demo and the pages show: a puzzle, a size and colours that nobody was trained on."""
+    rng = np.random.default_rng([HELD_OUT_SEED, 9])
+    [(puzzle, _)] = train_demo.sudokus(rng, 1, (16, 16))
+    cells = np.array([".123456".index(c) for c in puzzle if c in ".123456"])
+    how = look(rng, unseen=True)
+    return draw(rng, cells, replace(how, noise=0, paper=(250, 247, 240), line=(120, 120, 130), ink=(20, 60, 190)))
 
 
 def score(model: DiffusionGemma, seeing: Seeing, seen: Seen) -> dict[str, float]:
@@ -257,8 +271,8 @@ def main(folder: Path, steps: int, pictures: int, held_out: int | None) -> None:
             print(json.dumps(line), flush=True)
         return
     model = load(BUILT_IN)
-    adapters.load(model.network, folder / "seeing")
-    found: Any = mx.load(str(folder / "seeing" / "tower.safetensors"))
+    adapters.load(model.network, folder / "seeing" / "adapter")
+    found: Any = mx.load(str(folder / "seeing" / "model.safetensors"))
     seeing = Seeing(model.network, found["model.encoder.embed_vision.embedding_projection.weight"])
     seen = look_at(speller_of(folder), HELD_OUT_SEED + 1, held_out, unseen=True)
     print(json.dumps(score(model, seeing, seen) | {"adapter": _count(model.network)}))

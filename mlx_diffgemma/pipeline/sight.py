@@ -2,17 +2,22 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from ..errors import ConfigError, PromptError
+from ..files import adapters
 from ..files.eyes import open_eyes
+from ..files.shipped import BUILT_IN, EYES
+from ..files.weights import load_network
 from ..model.blocks import Block
 from ..model.network import Network, leaves
 from ..model.vision import Eyes, looking_bytes
 from ..model.vision_config import VisionConfig
+from ..readers import read_json
 from ..text.images import Picture, PictureConfig
 from ..text.placing import Frame
 from ..text.tokenizer import Tokenizer
@@ -114,3 +119,20 @@ def own_sight(model: "DiffusionGemma", *, ignore_keys: tuple[str, ...] = ()) -> 
     placeholder = model.tokenizer.beside.texts.get("image_token") or Frame.placeholder
     frame = Frame(begin=begin, image=image, end=end, placeholder=placeholder)
     return Sight(network=model.network, tokenizer=model.tokenizer, eyes=eyes, frame=frame)
+
+
+def built_in_sight(model: "DiffusionGemma", *, adapter: Path | None = None) -> Sight:
+    """With the eyes that the built-in model brings along. They were trained with an adapter of the text model, in a
+    network of its own, so that what is asked in words keeps its bits. Errors: ConfigError beside another `adapter`."""
+    if adapter is not None:
+        raise ConfigError(
+            f"the built-in model sees by an adapter of its own, and {adapter} is another.\n"
+            "Leave the pictures out, or the adapter."
+        )
+    told = read_json(EYES / "config.json")
+    network = load_network(BUILT_IN)
+    adapters.load(network, EYES / "adapter")
+    network.tuning = model.network.tuning
+    begin, image, end = (told[f"{name}_token_id"] for name in ("boi", "image", "eoi"))
+    eyes = open_eyes(EYES, replace(model.config, vision=told["vision_config"]))
+    return Sight(network=network, tokenizer=model.tokenizer, eyes=eyes, frame=Frame(begin=begin, image=image, end=end))
