@@ -412,7 +412,7 @@ GENERATION_CONFIG = {
     "confidence_threshold": 0.005,
     "eos_token_id": [1, 106],
     "max_denoising_steps": 48,
-    "max_new_tokens": 2 * CANVAS,
+    "max_new_tokens": 3 * CANVAS,
     "pad_token_id": 0,
     "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.1},
     "stability_threshold": 1,
