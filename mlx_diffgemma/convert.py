@@ -53,7 +53,22 @@ def print_plan(config: ModelConfig, recipe: Recipe, planned: "Sequence[Planned]"
         streamed = (f"{mac} GB", f"{nbytes / 1e9:.1f}") if mac else ("none", "")
         memory.add_row(f"{prefix // 1024}K", f"{needed / 1e9:.1f} GB", *smallest, *streamed)
     out.print(memory, "* sudo sysctl iogpu.wired_limit_mb=…", sep="\n", highlight=False)
+    out.print(_of_pictures(config, total.nbytes - text), highlight=False, soft_wrap=True)
     _warn(recipe, planned)
+
+
+def _of_pictures(config: ModelConfig, tower: int) -> str:
+    """What a prompt with pictures adds to the memory that is estimated, in a sentence."""
+    from .model.memory import STEP
+    from .model.vision import looking_bytes
+    from .model.vision_config import VisionConfig
+
+    if config.vision is None:
+        return "No vision tower: the pack cannot see pictures."
+    vision = VisionConfig.of_sizes(config.vision)
+    most = 1120 * vision.pooling_kernel_size**2
+    added = tower + max(looking_bytes(vision, most) - STEP, 0)
+    return f"Prompts with pictures: {added / 1e9:.2f} GB more, the vision tower; others leave it on the disk."
 
 
 def _warn(recipe: Recipe, planned: "Sequence[Planned]") -> None:

@@ -1,8 +1,9 @@
 """What prompts with pictures need besides text: eyes, the ids around pictures, and soft tokens remembered."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,13 @@ import mlx.core as mx
 
 from ..errors import ConfigError, PromptError
 from ..files import adapters
-from ..files.eyes import open_eyes
+from ..files.eyes import load_eyes, open_eyes
 from ..files.shipped import BUILT_IN, EYES
 from ..files.weights import load_network
 from ..model.blocks import Block
-from ..model.network import Network, leaves
-from ..model.vision import Eyes, looking_bytes
+from ..model.memory import SightMemory
+from ..model.network import Network
+from ..model.vision import Eyes
 from ..model.vision_config import VisionConfig
 from ..readers import read_json
 from ..text.images import Picture, PictureConfig
@@ -36,12 +38,13 @@ class Sight:
 
     network: Network
     tokenizer: Tokenizer
-    eyes: Eyes  # read from the disk at the first look
+    eyes: Eyes  # opened; their weights may still be on the disk
+    read: Callable[[], Eyes]  # the same, read: in the thread that looks first, since MLX's lazy arrays belong to one
     frame: Frame
     looks: "Looks" = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "looks", Looks(self.eyes))
+        object.__setattr__(self, "looks", Looks(self.read))
 
     @property
     def config(self) -> VisionConfig:
@@ -54,11 +57,6 @@ class Sight:
         return PictureConfig(
             patch_size=config.patch_size, pooling=config.pooling_kernel_size, budget=config.soft_tokens
         )
-
-    @property
-    def nbytes(self) -> int:
-        """Of the eyes' weights."""
-        return sum(array.nbytes for array in leaves(self.eyes.parameters()).values())
 
     def check(self, pictures: Sequence[Picture]) -> None:
         """Errors: PromptError for one with more patches to a side than the tower has places for."""
@@ -74,19 +72,24 @@ class Sight:
             for placed in pictures
         ]
 
-    def needed(self, pictures: "Sequence[Placed]") -> int:
-        """Bytes of the eyes, and to look at the largest of these pictures."""
+    def memory(self, pictures: "Sequence[Placed]") -> SightMemory:
+        """What these pictures need, one at least; of their soft tokens as many as are remembered."""
         patches = [placed.picture.tokens * self.config.pooling_kernel_size**2 for placed in pictures]
-        return self.nbytes + looking_bytes(self.config, max(patches, default=0))
+        needed = SightMemory.of(self.eyes, patches)
+        return replace(needed, tokens=min(needed.tokens, self.looks.most_bytes))
 
 
 class Looks:
     """Soft tokens of the pictures that were looked at lately, by what these show, in at most so many bytes."""
 
-    def __init__(self, eyes: Eyes, most_bytes: int = REMEMBERED):
-        self.eyes, self.most_bytes = eyes, most_bytes
+    def __init__(self, read: Callable[[], Eyes], most_bytes: int = REMEMBERED):
+        self._read, self.most_bytes = read, most_bytes
         self.taken = 0  # looks, for those who count
         self._kept: OrderedDict[str, mx.array] = OrderedDict()
+
+    @cached_property
+    def _eyes(self) -> Eyes:
+        return self._read()
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +99,7 @@ class Looks:
         """A picture's soft tokens [n, H]."""
         if picture.key not in self._kept:
             self.taken += 1
-            self._kept[picture.key] = self.eyes.see(mx.array(picture.patches()), picture.columns)
+            self._kept[picture.key] = self._eyes.see(mx.array(picture.patches()), picture.columns)
         self._kept.move_to_end(picture.key)
         tokens = self._kept[picture.key]
         while self.nbytes > self.most_bytes and self._kept:
@@ -109,7 +112,8 @@ def own_sight(model: "DiffusionGemma", *, ignore_keys: tuple[str, ...] = ()) -> 
     how pictures stand in a prompt."""
     if model.folder is None:
         raise ConfigError("this model was made without a folder, so it has no eyes: load one that has a vision tower.")
-    eyes, config = open_eyes(model.folder, model.config, ignore_keys=ignore_keys), model.config
+    folder, config = model.folder, model.config
+    eyes = open_eyes(folder, config, ignore_keys=ignore_keys)
     begin, image, end = config.boi_token_id, config.image_token_id, config.eoi_token_id
     if begin is None or image is None or end is None:
         raise ConfigError(
@@ -118,7 +122,13 @@ def own_sight(model: "DiffusionGemma", *, ignore_keys: tuple[str, ...] = ()) -> 
         )
     placeholder = model.tokenizer.beside.texts.get("image_token") or Frame.placeholder
     frame = Frame(begin=begin, image=image, end=end, placeholder=placeholder)
-    return Sight(network=model.network, tokenizer=model.tokenizer, eyes=eyes, frame=frame)
+    return Sight(
+        network=model.network,
+        tokenizer=model.tokenizer,
+        eyes=eyes,
+        read=lambda: load_eyes(folder, config, ignore_keys=ignore_keys),
+        frame=frame,
+    )
 
 
 def built_in_sight(model: "DiffusionGemma", *, adapter: Path | None = None) -> Sight:
@@ -132,7 +142,14 @@ def built_in_sight(model: "DiffusionGemma", *, adapter: Path | None = None) -> S
     told = read_json(EYES / "config.json")
     network = load_network(BUILT_IN)
     adapters.load(network, EYES / "adapter")
+    mx.eval(network.parameters())  # lazy arrays would end with this thread
     network.tuning = model.network.tuning
     begin, image, end = (told[f"{name}_token_id"] for name in ("boi", "image", "eoi"))
-    eyes = open_eyes(EYES, replace(model.config, vision=told["vision_config"]))
-    return Sight(network=network, tokenizer=model.tokenizer, eyes=eyes, frame=Frame(begin=begin, image=image, end=end))
+    config = replace(model.config, vision=told["vision_config"])
+    return Sight(
+        network=network,
+        tokenizer=model.tokenizer,
+        eyes=open_eyes(EYES, config),
+        read=lambda: load_eyes(EYES, config),
+        frame=Frame(begin=begin, image=image, end=end),
+    )

@@ -12,7 +12,7 @@ from . import control, template
 from .channels import CHANNEL, OPEN, TOOL_CALL, Markers, Parts, parse_calls
 from .dialects import FILE, Beside, read_beside, read_fast
 from .gate import PICTURES, READS, Message, check_messages, check_text, check_tools
-from .placing import Frame, Span
+from .placing import VIDEO, Frame, Span, labels
 from .vocabularies import FastVocabulary, SentencePieceVocabulary, Vocabulary
 
 
@@ -135,10 +135,12 @@ class Tokenizer:
         sanitize_control_tokens: bool = False,
     ) -> tuple[list[int], list[Span]]:
         """`apply_chat_template` of messages with parts {"type": "image"} that stand for pictures of so many soft
-        `tokens` each; and which ids those are. Errors: TokenizerError, also where the template does not write one
-        placeholder for each picture."""
-        marked = (*self._control_tokens(tools), frame.placeholder) if sanitize_control_tokens else ()
+        `tokens` each; and which ids those are. A part {"type": "video", "labels": …} stands for a picture with each
+        label. Errors: TokenizerError, also where the template does not write one placeholder for each picture."""
+        marked = (*self._control_tokens(tools), frame.placeholder, VIDEO) if sanitize_control_tokens else ()
         text = self._render(messages, enable_thinking, tools, template_options, marked, PICTURES)
+        if videos := labels(messages):
+            text = frame.filmed(text, videos, self.template(tools)[1])
         if (found := frame.count(text)) != len(tokens):
             raise TokenizerError(
                 f"{self.template(tools)[1]} writes {found} placeholders {frame.placeholder} for {len(tokens)} pictures."
@@ -204,7 +206,7 @@ class Tokenizer:
                 is_thought = header.strip() in ("thought", "") or not newline
                 (thoughts if is_thought else texts).append(body)
             elif kind == TOOL_CALL:
-                calls += parse_calls(self._call(part))
+                calls += parse_calls(self.call_text(part))
             else:
                 texts.append(self.decode(part))
         thinking = "".join(thoughts).strip()
@@ -216,8 +218,8 @@ class Tokenizer:
         last = next((i for i in reversed(prompt) if i in markers and i is not None), None)
         return last is not None and last == markers[0]
 
-    def _call(self, ids: list[int]) -> str:
-        """Decode a tool call: its quotes are special tokens, and needed; what stands between two is an argument."""
+    def call_text(self, ids: Sequence[int]) -> str:
+        """Decode a tool call's inside: its quotes are special tokens, and needed; between two stands an argument."""
         kept, quoted = [], False
         for i in ids:
             quoted ^= i == self.markers.quote
