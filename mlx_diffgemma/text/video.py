@@ -218,7 +218,7 @@ def _container(name: str, file: IO[bytes]) -> Iterator[tuple[Any, Any]]:
             yield container, stream
     except MemoryError as error:
         raise PromptError(f"{name}: too large for the memory that is free.") from error
-    except (av.error.FFmpegError, ValueError, OSError) as error:
+    except (av.FFmpegError, ValueError, OSError) as error:
         what = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise PromptError(
             f"{name}: cannot be read as a video: {' '.join(what.split())[:160]}.\n"
