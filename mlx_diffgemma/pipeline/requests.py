@@ -128,7 +128,7 @@ class Request:
         model, rows = self.model, len(self.prompts) * self.settings.best_of
         prefix = max(map(len, self.prompts)) + self.settings.max_tokens
         weights = weight_bytes(model.network) + self._kept_bytes()
-        check_memory(model.config, weights, model.memory_limit, prefix, rows=rows, forks=forks)
+        check_memory(model.network.own, weights, model.memory_limit, prefix, rows=rows, forks=forks)
 
     def _kept_bytes(self) -> int:
         """What a step under constraints holds for the signal: a weight of every id of a text at every position."""
