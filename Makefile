@@ -36,7 +36,8 @@ soak: .venv/test
 	$(RUN) benchmarks.kills
 	$(RUN) benchmarks.serve_soak
 
-# Clients that are no Python packages: a browser (Debian's chromium, or what CHROMIUM names), axe-core by npm.
+# Clients that are no Python packages: those of Node and agents, by npm (1.2 GB); a browser (Debian's chromium, or what
+# CHROMIUM names).
 clients: .venv/clients
 	$(BIN)/python -m pytest tests/clients
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import Option, command, generation_options, model_options, open_model, run_options
+from .cli import BUDGET, Option, command, generation_options, model_options, open_model, run_options
 from .disk import new_file, reason, replacing
 from .errors import DiffGemmaError, PeerError
 from .generation.settings import GenerationOptions
@@ -31,9 +31,11 @@ GENERATION = GenerationOptions.__annotations__
     is_flag=True,
     help="Control tokens in what you type are plain text.",
 )
+@click.option("--image-budget", cls=Option, section="Prompt", metavar="N", help=BUDGET)
 @generation_options
 def main(
     source: dict[str, Any],
+    image_budget: str | None,
     system_prompt: str | None,
     thinking: bool | None,
     show_thinking: bool,
@@ -44,7 +46,7 @@ def main(
     loaded = open_model(source)
     options = run_options(loaded, options) | ({"enable_thinking": thinking} if thinking is not None else {})
     options |= {"sanitize_control_tokens": True} if sanitize_control_tokens else {}
-    talk = Talk(loaded, system_prompt, options, show_thinking=show_thinking)
+    talk = Talk(loaded, system_prompt, options, show_thinking=show_thinking, image_budget=image_budget)
     name = source.get("model", "The built-in model")
     ask = _line_editor(f"{name} listens. /help lists commands, Ctrl-D ends the talk.")
     while (line := ask()) is not None:
@@ -64,8 +66,17 @@ def main(
 class Talk:
     """The conversation, and the commands that start with a slash. Each one's docstring is its help."""
 
-    def __init__(self, model: "DiffusionGemma", system: str | None, options: dict[str, Any], *, show_thinking: bool):
-        self.model, self.show_thinking = model, show_thinking
+    def __init__(
+        self,
+        model: "DiffusionGemma",
+        system: str | None,
+        options: dict[str, Any],
+        *,
+        show_thinking: bool,
+        image_budget: str | None = None,
+    ):
+        self.model, self.show_thinking, self.image_budget = model, show_thinking, image_budget
+        self.pictures: list[dict[str, Any]] = []  # parts that go before the next message
         self.chat = model.chat(system, **options)
         self.last: Result | None = None
 
@@ -74,7 +85,9 @@ class Talk:
 
         stdout = sinks.on_stdout(self.model.tokenizer.decode, show_thinking=self.show_thinking)
         try:
-            self.last = said = sinks.show(self.chat.stream(text), stdout).result
+            content = [*self.pictures, {"type": "text", "text": text}] if self.pictures else text
+            self.last = said = sinks.show(self.chat.stream(content), stdout).result
+            self.pictures = []
             self._mark(said)
             if not said.text.strip() and not said.tool_calls:
                 click.echo("(an empty reply: say it in another way, or see --avoid-empty)", err=True)
@@ -102,7 +115,8 @@ class Talk:
         action(argument.strip())
 
     def commands(self) -> dict[str, Callable[[str], None]]:
-        actions = (self.help, self.reset, self.save, self.seed, self.decoding, self.logprobs, self.stats, self.exit)
+        actions = (self.help, self.image, self.reset, self.save, self.seed, self.decoding, self.logprobs, self.stats)
+        actions = (*actions, self.exit)
         return {action.__name__: action for action in actions}
 
     def help(self, _: str) -> None:
@@ -110,18 +124,30 @@ class Talk:
         for name, action in self.commands().items():
             click.echo(f"/{name:8} {action.__doc__}")
 
+    def image(self, file: str) -> None:
+        """FILE|URL: a picture that goes before the next message; several times for several"""
+        if not file:
+            raise DiffGemmaError("/image needs the name of a file, or a URL.")
+        part = {"type": "image", "image": file, "budget": self.image_budget}
+        [message] = self.model.opened([{"role": "user", "content": [part]}])
+        self.pictures += message["content"]
+        click.echo(f"{message['content'][0]['image']}", err=True)
+
     def reset(self, _: str) -> None:
         """forget the conversation, but not the system prompt"""
         self.chat.reset()
+        self.pictures = []
 
     def save(self, file: str) -> None:
         """FILE.json: write the conversation, as generate --messages reads it"""
+        from .text.parts import written
+
         if not file:
             raise DiffGemmaError("/save needs the name of a file.")
-        path = new_file(file, "/save")
+        path, messages = new_file(file, "/save"), written(self.chat.messages)
         try:
             with replacing(path, "w") as stream:
-                stream.write(json.dumps(self.chat.messages, ensure_ascii=False, indent=1) + "\n")
+                stream.write(json.dumps(messages, ensure_ascii=False, indent=1) + "\n")
         except OSError as error:
             raise DiffGemmaError(
                 f"/save {path} failed: {reason(error)}. What was there before is still there."

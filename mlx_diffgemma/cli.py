@@ -414,6 +414,7 @@ class _Logprobs(click.ParamType):
         return int(value)
 
 
+BUDGET = "Soft tokens of a picture, at most: 70, 140, 280, 560, 1120, low or high."
 _POSITIVE, _NUMBER = click.IntRange(1), Number(0)
 _SAMPLER, _DEPARTURES = (
     "Sampler (without these, the checkpoint's own values)",
@@ -421,7 +422,7 @@ _SAMPLER, _DEPARTURES = (
 )
 _PROMPT, _TOKENS, _SCORES = "Prompt", "Token by token (--decoding autoregressive)", "Log-probabilities"
 _GENERATION: dict[str, dict[str, Any]] = {
-    "seed": {"type": int, "metavar": "N", "help": "Makes a run repeatable.  [default: a new one]"},
+    "seed": {"type": int, "metavar": "N", "help": "Makes a run repeatable.  [default: new]"},
     "max_tokens": {"type": _POSITIVE, "metavar": "N", "help": "Stop after this many tokens."},
     "temperature": {"type": _NUMBER, "metavar": "X", "help": "Of the schedule: 1 is the reference, 0 --greedy."},
     "decoding": {
@@ -480,6 +481,11 @@ _GENERATION: dict[str, dict[str, Any]] = {
     },
     "prefill_step_size": {"section": "Machine", "type": _POSITIVE, "help": "Prompt tokens encoded at a time."},
     "canvas_length": {"section": _DEPARTURES, "type": _POSITIVE, "help": "A shorter canvas, for short answers."},
+    "picture_mask": {
+        "section": _DEPARTURES,
+        "type": click.Choice(["transformers", "gemma4"]),
+        "help": "Who sees whom in a picture: as transformers generates, or as in Google's own code.",
+    },
     "greedy": {"section": _DEPARTURES, "is_flag": True, "default": None, "help": "Always guess the best token."},
     "avoid_empty": {"section": _DEPARTURES, "is_flag": True, "default": None, "help": "Never an empty reply."},
 }

@@ -81,6 +81,9 @@ class ModelConfig:
     pad_token_id: int = 0
     eos_token_ids: tuple[int, ...] = (1, 106)
     image_token_id: int | None = None
+    boi_token_id: int | None = field(default=None, compare=False)  # stand before and behind a picture's soft tokens
+    eoi_token_id: int | None = field(default=None, compare=False)
+    soft_tokens: int | None = field(default=None, compare=False)  # of a picture, where nobody asked for a budget
     vision: dict[str, Any] | None = field(default=None, compare=False, repr=False)
     quantization: dict[str, Any] | None = field(default=None, compare=False, repr=False)
 
@@ -111,7 +114,8 @@ class ModelConfig:
             layers=_layers(text),
             canvas_length=whole["canvas_length"],
             eos_token_ids=cls.eos_token_ids if eos is None else eos if isinstance(eos, tuple) else (eos,),
-            image_token_id=whole["image_token_id"],
+            **{key: whole[key] for key in _PICTURES},
+            soft_tokens=whole["vision_soft_tokens_per_image"],
             vision=whole["vision_config"],
             quantization=whole["quantization"] or whole["quantization_config"],
         )
@@ -164,12 +168,14 @@ TEXT = Table(
     Field("tie_word_embeddings", one_of(True), True),
     open=True,  # the unknown keys have an error of their own
 )
+_PICTURES = "boi_token_id image_token_id eoi_token_id".split()
 OUTER = Table(
     Field("text_config", _OBJECT),
     Field("vision_config", _OBJECT, None),
     Field("canvas_length", _WIDTH, ModelConfig.canvas_length),
     Field("eos_token_id", IDS, None),
-    Field("image_token_id", _ID, None),
+    *(Field(name, _ID, None) for name in _PICTURES),
+    Field("vision_soft_tokens_per_image", integer(least=1, most=1 << 16), None),
     Field("tie_word_embeddings", one_of(True), True),
     Field("quantization", either(optional(_OBJECT), flag), None),
     Field("quantization_config", either(optional(_OBJECT), flag), None),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import launched
-from .cli import Number, Option, command, generation_options, model_options, open_model, run_options
+from .cli import BUDGET, Number, Option, command, generation_options, model_options, open_model, run_options
 from .disk import existing_file, new_file, reason
 from .errors import PromptError
 from .obeying import Obeying, obeying_options
@@ -37,6 +37,8 @@ _offline_option = partial(click.option, cls=Option, section="A file of prompts")
 @model_options
 @click.argument("text", required=False)
 @click.option("-p", "--prompt", metavar="TEXT|@FILE|-", help="Text, a file's content, or stdin.")
+@click.option("--image", "images", multiple=True, metavar="FILE|URL", help="A picture before the text; repeatable.")
+@_prompt_option("--image-budget", metavar="N", help=BUDGET)
 @_prompt_option("--messages", metavar="FILE.json", help='A conversation instead: [{"role": …, "content": …}, …].')
 @_prompt_option("--system-prompt", metavar="TEXT", help="Goes before the prompt.")
 @_prompt_option("--thinking/--no-thinking", default=None, help="Ask for thinking, or for none.")
@@ -93,6 +95,8 @@ class Reply:
     options: dict[str, Any]
     obeying: Obeying
     prompt: str | None
+    images: tuple[str, ...]
+    image_budget: str | None
     messages: str | None
     system_prompt: str | None
     thinking: bool | None
@@ -136,6 +140,9 @@ class Reply:
         if recording and asked:
             recording.commit(_shown(asked[-1]) + "\n\n")
         request, pace = self.request(model, asked), self._pace()
+        if self.talkative:
+            for picture in request.seen:
+                click.echo(f"{picture}", err=True)
         recorder = request.record() if self.save_noise else None
         result = self._chosen(request) if request.settings.chooses else self.run(model, request, pace, recording)
         if recorder and self.save_noise:
@@ -213,9 +220,9 @@ class Reply:
         if prompt is None and self.messages is None:
             prompt = _piped()
             demo = "model" not in self.source or self.obeying.is_filling
-            if prompt is None and demo and self.system_prompt is None:
+            if prompt is None and demo and self.system_prompt is None and not self.images:
                 return None
-        return conversation(prompt, self.messages, self.system_prompt)
+        return conversation(prompt, self.messages, self.system_prompt, images=self.images, budget=self.image_budget)
 
 
 class Demo:
@@ -249,9 +256,9 @@ class Demo:
 
 def _for_a_file(wanted: dict[str, Any]) -> dict[str, Any]:
     """What of the options a file of prompts takes. Errors: UsageError for one that is for a single prompt."""
-    taken = {"system_prompt", "thinking", "sanitize_control_tokens", "quiet"}
-    if single := [name for name, value in wanted.items() if name not in taken and value not in (None, False)]:
-        name = {"form": wanted["form"]}.get(single[0], single[0].replace("_", "-"))
+    taken = {"system_prompt", "thinking", "sanitize_control_tokens", "quiet", "image_budget"}
+    if single := [name for name, value in wanted.items() if name not in taken and value not in (None, False, ())]:
+        name = {"form": wanted["form"], "images": "image"}.get(single[0], single[0].replace("_", "-"))
         raise click.UsageError(f"--{name} is for a single prompt: with --input it would do nothing.")
     return {name: wanted[name] for name in taken}
 
@@ -266,6 +273,7 @@ class Offline:
     thinking: bool | None
     sanitize_control_tokens: bool
     quiet: bool
+    image_budget: str | None
 
     def run(self, file: str, output: str, batch_size: int | None) -> None:
         """Exit status 1 when a line failed: its reply says why."""
@@ -274,7 +282,7 @@ class Offline:
         from .terminal.progress import Count
 
         target = new_file(output, "--output")
-        lines = offline.read_lines(existing_file(file, "--input"), self.system_prompt)
+        lines = offline.read_lines(existing_file(file, "--input"), self.system_prompt, budget=self.image_budget)
         model = open_model(self.source, quiet=self.quiet)
         chosen = run_options(model, self.options) | self._template()
         seed = chosen.pop("seed", None)
@@ -328,25 +336,43 @@ def _standard_input() -> str:
         raise PromptError(f"standard input cannot be read: {why}.") from None
 
 
-def conversation(prompt: str | None, messages: str | None, system_prompt: str | None) -> "list[Message]":
-    """The chat messages that the options ask for. Errors: UsageError; PromptError, ConfigError for a file that cannot
-    be read and a text that is none."""
-    from .text.gate import check_messages, check_text
+def conversation(
+    prompt: str | None,
+    messages: str | None,
+    system_prompt: str | None,
+    *,
+    images: tuple[str, ...] = (),
+    budget: str | None = None,
+) -> "list[Message]":
+    """The chat messages that the options ask for; pictures are not opened yet. Errors: UsageError; PromptError,
+    ConfigError for a file that cannot be read and a text that is none."""
+    from .text.gate import PICTURES, check_messages, check_text
+    from .text.parts import bare, has_pictures, with_budget
 
     if (prompt is None) == (messages is None):
         raise click.UsageError("give a prompt: TEXT, --prompt (text, @file or - for standard input) or --messages.")
     if messages is not None:
         if system_prompt is not None:
             raise click.UsageError("--system-prompt goes with --prompt; --messages holds its own.")
-        return check_messages(parse_json(_content(messages, "--messages"), messages, fault=PromptError), messages)
+        if images:
+            raise click.UsageError("--image goes with --prompt; --messages holds its own pictures.")
+        found = parse_json(_content(messages, "--messages"), messages, fault=PromptError)
+        checked = check_messages(bare(found), messages, reads=PICTURES)
+        if budget is not None and not has_pictures(found):
+            raise click.UsageError(f"--image-budget would do nothing: {messages} has no picture.")
+        return with_budget(found, budget) if budget is not None else found if has_pictures(found) else checked
     assert prompt is not None
     text = _standard_input() if prompt == "-" else prompt
     if prompt.startswith("@"):
         text = decoded(_content(prompt[1:], "--prompt"), prompt[1:], fault=PromptError)
     if not check_text(text, "the prompt").strip():
         raise PromptError("the prompt is empty.")
+    if budget is not None and not images:
+        raise click.UsageError("--image-budget would do nothing: there is no --image.")
     system = [] if system_prompt is None else [check_text(system_prompt, "--system-prompt")]
-    return [*({"role": "system", "content": said} for said in system), {"role": "user", "content": text}]
+    pictures = [{"type": "image", "image": file, "budget": budget} for file in images]
+    content = [*pictures, {"type": "text", "text": text}] if pictures else text
+    return [*({"role": "system", "content": said} for said in system), {"role": "user", "content": content}]
 
 
 def _content(file: str, option: str) -> bytes:

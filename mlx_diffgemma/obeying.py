@@ -93,7 +93,7 @@ class Obeying:
             raise click.UsageError("--thinking does not go with a text to fill in: the canvas holds that text alone.")
         if asked is None and template["template_options"]:
             raise click.UsageError("--template-options would do nothing: there is no prompt.")
-        asked = None if asked is None else model.ids(asked, **template)
+        asked = None if asked is None else model.read(asked, **template)
         return model.prepare_fill(**self._texts, prompt=asked, **run_options)
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from .server.guard import Rules
     from .server.scheduler import Scheduler
+    from .text.sources import Access
 
 LEVELS = ("debug", "info", "warning", "error")
 PATIENCE = 5  # seconds that a stream has for its last words when the server stops
@@ -51,6 +52,13 @@ PATIENCE = 5  # seconds that a stream has for its last words when the server sto
     help="A page elsewhere that may ask, as https://example.org; may be repeated.",
 )
 @click.option(
+    "--allow-image-urls",
+    cls=Option,
+    section="Server",
+    is_flag=True,
+    help="Fetch pictures that requests name by http(s) URLs, from this machine's network.",
+)
+@click.option(
     "--log-level",
     cls=Option,
     section="Server",
@@ -63,6 +71,7 @@ def main(source: dict[str, Any], host: str, port: int, log_level: str, **wanted:
     """Serve the model: OpenAI's API under /v1, and a page to watch it at /."""
     _check_installed()
     from .server.scheduler import Scheduler
+    from .text.sources import Access
 
     rules = _rules(host, wanted["api_key"], wanted["allowed_origins"])
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -76,7 +85,8 @@ def main(source: dict[str, Any], host: str, port: int, log_level: str, **wanted:
         )
         scheduler.start()
         click.echo(f"http://{host if ':' not in host else f'[{host}]'}:{listener.getsockname()[1]}/", err=True)
-        _serve(scheduler, scheduler.served(_name(source.get("model"))), rules, listener)
+        access = Access(files=False, urls=wanted["allow_image_urls"])
+        _serve(scheduler, scheduler.served(_name(source.get("model"))), rules, access, listener)
 
 
 def _check_installed() -> None:
@@ -117,14 +127,14 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def _serve(scheduler: "Scheduler", served: Any, rules: "Rules", listener: socket.socket) -> None:
+def _serve(scheduler: "Scheduler", served: Any, rules: "Rules", access: "Access", listener: socket.socket) -> None:
     """Until a signal comes. The model's thread stops first: streams then have an end to send."""
     import uvicorn
 
     from .server.app import app
 
     config = uvicorn.Config(
-        app(scheduler, served, rules),
+        app(scheduler, served, rules, access),
         log_level="error",
         access_log=False,
         lifespan="off",

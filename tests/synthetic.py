@@ -112,6 +112,8 @@ def random_fill(seed: int, dtype: str) -> Fill:
         values = rng.standard_normal(shape, np.float32)
         if name.endswith("layer_scalar"):
             values = rng.uniform(0.6, 1.4, shape)
+        elif name.endswith(("_min", "_max")):
+            values = np.float32(-1.2 if name.endswith("_min") else 1.4)
         elif len(shape) == 1:
             values = (0.3 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0) + 0.1 * values
         else:

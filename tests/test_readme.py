@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from benchmarks import readme
 from docs import write
 from mlx_diffgemma.cli import main
-from tests import small
+from tests import seeing, small
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -176,9 +176,11 @@ WRITTEN = {"conversion.md": "mine.toml", "offline.md": "prompts.jsonl", "fine-tu
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what a reader would have: the download, data for training, another Mac's figures."""
+    """A folder with what a reader would have: the download, a picture, data for training, another Mac's figures."""
     home = tmp_path_factory.mktemp("reader")
     small.write_checkpoint(home / "released")
+    seeing.write_checkpoint(home / "seeing")
+    seeing.picture().save(home / "cat.png")
     (home / "letter.txt").write_text("Dear Ada, the ship is late.")
     (home / "my-data").mkdir()
     rows = [{"prompt": f"{i}", "completion": f"{i}!"} for i in range(4)]
@@ -196,7 +198,7 @@ def home(request: pytest.FixtureRequest, reader: Path, tmp_path: Path, monkeypat
         if kind in ("toml", "jsonl"):
             (home / WRITTEN[page.name]).write_text(block)
     if not any("convert" in line and "--mlx-path diffusiongemma-q4" in line for line in commands(page)):
-        (home / "diffusiongemma-q4").symlink_to(home / "released")
+        (home / "diffusiongemma-q4").symlink_to(home / ("seeing" if page.name == "pictures.md" else "released"))
     monkeypatch.chdir(home)
     return home
 

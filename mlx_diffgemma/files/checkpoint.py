@@ -57,7 +57,7 @@ def open_checkpoint(folder: Path, *, ignore_keys: tuple[str, ...] = ()) -> Check
     config = ModelConfig.from_dict(raw, ignore_keys=ignore_keys)
     for key in ignore_keys:
         *part, name = key.split(".")
-        (raw["text_config"] if part else raw).pop(name, None)
+        (raw.get(part[0]) or {} if part else raw).pop(name, None)
     _refuse_other_tools(folder, config)
     found = _sort(read_tensors(folder))
     tensors, notices = _without_lone_vision(found.kept, config)
@@ -73,6 +73,16 @@ def open_checkpoint(folder: Path, *, ignore_keys: tuple[str, ...] = ()) -> Check
         joined={name: (halves[0], halves[1]) for name, halves in found.joined.items()},
         notices=notices,
     )
+
+
+def read_vision(folder: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Quantization]]:
+    """The vision tower's tensors in a folder by their names in a pack, and how its matrices are packed; it may hold
+    nothing else, or not even them. Errors: CheckpointError for one that is missing, extra, misshapen or unknown."""
+    found = _sort({name: t for name, t in read_tensors(folder).items() if is_vision(_fate(name)[3])})
+    quantized = _quantized(found.kept, found, config)
+    stored = {name: what for name, what in _stored(config, quantized).items() if is_vision(name)}
+    _compare(found.kept, {}, stored, folder)
+    return found.kept, quantized
 
 
 def _refuse_other_tools(folder: Path, config: ModelConfig) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import ModelConfig
-from ..values import Field, Table, flag, integer
+from ..model.vision_config import VisionConfig
 from .shipped import knowledge
 
 
@@ -111,41 +111,39 @@ def _gated_mlp(prefix: str, suffix: str, hidden: int, wide: int) -> dict[str, tu
     return {f"{prefix}{name}{suffix}.weight": shape for name, shape in shapes.items()}
 
 
-_SIZES = "hidden_size intermediate_size head_dim num_attention_heads num_key_value_heads patch_size".split()
-_VISION = Table(
-    *(Field(name, integer(least=1, most=1 << 20)) for name in _SIZES),
-    Field("position_embedding_size", integer(least=1, most=1 << 24)),
-    Field("num_hidden_layers", integer(least=1, most=1000)),
-    Field("standardize", flag, True),
-    open=True,
-)
-
-
 def _vision_tensors(vision: dict[str, Any], text_hidden: int) -> dict[str, tuple[int, ...]]:
     """The vision tower (transformers gemma4_vision) and the projection into the text model."""
-    read = _VISION.kind.read(vision, "config.json", "vision_config")
-    hidden, wide, dim, heads = (
-        read[key] for key in ("hidden_size", "intermediate_size", "head_dim", "num_attention_heads")
-    )
-    kv_heads, patch, positions = (read[key] for key in ("num_key_value_heads", "patch_size", "position_embedding_size"))
-    count = read["num_hidden_layers"]
-    tower = "model.encoder.vision_tower."
+    sizes = VisionConfig.of_sizes(vision)
+    hidden, tower = sizes.hidden_size, "model.encoder.vision_tower."
     shapes: dict[str, tuple[int, ...]] = {
         "model.encoder.embed_vision.embedding_projection.weight": (text_hidden, hidden),
-        f"{tower}patch_embedder.input_proj.weight": (hidden, 3 * patch**2),
-        f"{tower}patch_embedder.position_embedding_table": (2, positions, hidden),
+        f"{tower}patch_embedder.input_proj.weight": (hidden, 3 * sizes.patch_size**2),
+        f"{tower}patch_embedder.position_embedding_table": (2, sizes.position_embedding_size, hidden),
     }
-    if read["standardize"]:
+    if sizes.standardize:
         shapes |= {f"{tower}std_bias": (hidden,), f"{tower}std_scale": (hidden,)}
-    for i in range(count):
+    for i in range(sizes.num_hidden_layers):
         prefix = f"{tower}encoder.layers.{i}."
-        for name, width in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-            shapes[f"{prefix}self_attn.{name}_proj.linear.weight"] = (width * dim, hidden)
-        shapes[f"{prefix}self_attn.o_proj.linear.weight"] = (hidden, heads * dim)
-        shapes |= {f"{prefix}self_attn.{norm}.weight": (dim,) for norm in ("q_norm", "k_norm")}
-        shapes |= _gated_mlp(f"{prefix}mlp.", ".linear", hidden, wide)
+        matrices = _vision_attention(sizes, prefix) | _gated_mlp(
+            f"{prefix}mlp.", ".linear", hidden, sizes.intermediate_size
+        )
+        if sizes.use_clipped_linears:
+            modules = [name.removesuffix(".linear.weight") for name in matrices]
+            shapes |= {f"{module}.{bound}": () for module in modules for bound in _BOUNDS}
+        shapes |= matrices
+        shapes |= {f"{prefix}self_attn.{norm}.weight": (sizes.head_dim,) for norm in ("q_norm", "k_norm")}
         shapes |= {f"{prefix}{norm}.weight": (hidden,) for norm in _NORMS}
     return shapes
+
+
+_BOUNDS = ("input_min", "input_max", "output_min", "output_max")  # of a clipped linear
+
+
+def _vision_attention(sizes: VisionConfig, prefix: str) -> dict[str, tuple[int, ...]]:
+    queries, keys = (heads * sizes.head_dim for heads in (sizes.num_attention_heads, sizes.num_key_value_heads))
+    hidden = sizes.hidden_size
+    shapes = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
+    return {f"{prefix}self_attn.{name}_proj.linear.weight": shape for name, shape in shapes.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ class Tensor:
 
     @property
     def rows(self) -> int:
-        """All dimensions but the last, taken together."""
+        """All dimensions but the last, taken together; one for a single number."""
         return prod(self.shape[:-1])
 
 
@@ -117,7 +117,7 @@ def read_rows(tensor: Tensor, start: int, stop: int) -> np.ndarray:
     """Rows of a tensor as raw unsigned integers [rows, width], read in place at any alignment."""
     row = tensor.nbytes // tensor.rows
     kind = np.dtype(f"<u{SIZES[tensor.dtype]}")
-    buffer = np.empty((stop - start, tensor.shape[-1]), kind)
+    buffer = np.empty((stop - start, prod(tensor.shape[-1:])), kind)
     view, position = buffer.data.cast("B"), tensor.start + start * row
     with tensor.file.open("rb", buffering=0) as stream:
         stream.seek(position)

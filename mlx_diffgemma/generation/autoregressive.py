@@ -20,14 +20,13 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import ConfigError
-from ..model.blocks import Block
 from ..model.cache import PrefixCache
 from ..model.network import Network
 from . import vocabulary
 from .constraint.conditioned import Guides
 from .events import CanvasRow, Committed, Event, Reader
 from .noise import Noise
-from .run import Row, Run, check_prompts
+from .run import Pictures, Row, Run, check_prompts
 from .settings import GenerationConfig
 
 ROOM = 64  # positions that a window keeps free behind itself, so that it is shifted once in so many tokens
@@ -43,7 +42,7 @@ def generate(
     pauses: Sequence[int],
     reader: Reader,
     guides: Guides,
-    pictures: Sequence[Sequence[Block]] = (),
+    pictures: Pictures = (),
 ) -> Iterator[Event]:
     """`engine.generate` with settings.decoding "autoregressive". Closing the iterator stops within a token.
     Errors, before any work: PromptError for an empty prompt, or one that fills the context or the cache."""
@@ -53,7 +52,9 @@ def generate(
     return run.events(pauses)
 
 
-def count_tokens(network: Network, prompts: list[list[int]], settings: GenerationConfig) -> int:
+def count_tokens(
+    network: Network, prompts: list[list[int]], settings: GenerationConfig, pictures: Pictures = ()
+) -> int:
     """How many tokens fit the request and the context. Errors: PromptError when not even one does; ConfigError for a
     model whose experts are streamed, which every token would read again."""
     if network.experts.streamed:
@@ -61,7 +62,7 @@ def count_tokens(network: Network, prompts: list[list[int]], settings: Generatio
             f"autoregressive decoding would read {network.experts.bytes_a_pass / 1e9:.2f} GB from the disk for every"
             " token: this model's experts do not fit in memory.\nDecode by diffusion, which reads them once a step."
         )
-    return min(settings.max_tokens, check_prompts(network, prompts, settings, 1, "one token"))
+    return min(settings.max_tokens, check_prompts(network, prompts, settings, 1, "one token", pictures))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +150,7 @@ class _Run(Run):
             mean_entropy=entropy,
             accepted_per_step=(1,),
             reason=row.reason,
+            stop_id=row.stop_id,
             text=text,
             thinking=thinking,
             **scores,
@@ -223,6 +225,7 @@ def _joined(rows: list[CanvasRow]) -> CanvasRow:
         mean_entropy=sum(row.mean_entropy for row in rows) / len(rows),
         accepted_per_step=(1,) * len(rows),
         reason=rows[-1].reason,
+        stop_id=rows[-1].stop_id,
         text="".join(row.text for row in rows),
         thinking="".join(row.thinking for row in rows),
         logprobs=tuple(p for row in rows for p in row.logprobs or ()) if scored else None,

@@ -23,7 +23,6 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError, ConfigError
-from ..model.blocks import Block
 from ..model.cache import PrefixCache
 from ..model.network import Network
 from . import autoregressive, sampler, vocabulary
@@ -32,7 +31,7 @@ from .constraint.automaton import Constraint
 from .constraint.conditioned import Guide, Guides, RowSums
 from .events import CanvasRow, Committed, Denoised, Event, NoReader, Reader
 from .noise import Noise
-from .run import Run, check_prompts
+from .run import Pictures, Run, check_prompts
 from .settings import GenerationConfig
 
 
@@ -46,7 +45,7 @@ def generate(
     pauses: Sequence[int] = (),
     reader: Reader | None = None,
     constraint: Constraint | Sequence[Constraint | None] | None = None,
-    pictures: Sequence[Sequence[Block]] = (),
+    pictures: Pictures = (),
 ) -> Iterator[Event]:
     """Generate for B prompts of ids at once; a shorter one is padded on its left, as transformers does.
 
@@ -84,17 +83,17 @@ def check(
     network: Network,
     prompts: list[list[int]],
     settings: GenerationConfig,
-    pictures: Sequence[Sequence[Block]] = (),
+    pictures: Pictures = (),
 ) -> int:
     """The most tokens that a row can get. Errors: as `generate` has them."""
     _check_pictures(settings, pictures)
     if settings.decoding == "autoregressive":
-        return autoregressive.count_tokens(network, prompts, settings)
+        return autoregressive.count_tokens(network, prompts, settings, pictures)
     length = settings.canvas_length or network.config.canvas_length
-    return min(settings.max_tokens, count_canvases(network, prompts, settings, length) * length)
+    return min(settings.max_tokens, count_canvases(network, prompts, settings, length, pictures) * length)
 
 
-def _check_pictures(settings: GenerationConfig, pictures: Sequence[Sequence[Block]]) -> None:
+def _check_pictures(settings: GenerationConfig, pictures: Pictures) -> None:
     if settings.picture_mask != GenerationConfig.picture_mask and not any(pictures):
         raise ConfigError("picture_mask would do nothing: the prompt has no picture.")
 
@@ -104,12 +103,14 @@ def room(settings: GenerationConfig, canvas_length: int) -> int:
     return autoregressive.ROOM if settings.decoding == "autoregressive" else settings.canvas_length or canvas_length
 
 
-def count_canvases(network: Network, prompts: list[list[int]], settings: GenerationConfig, length: int) -> int:
+def count_canvases(
+    network: Network, prompts: list[list[int]], settings: GenerationConfig, length: int, pictures: Pictures = ()
+) -> int:
     """How many canvases of `length` fit the request and the context; PromptError when not even one does."""
     trained = network.config.canvas_length
     if length > trained:
         raise ConfigError(f"canvas_length is {length}, expected at most {trained}, the model's own.")
-    room = check_prompts(network, prompts, settings, length, f"one canvas of {length}")
+    room = check_prompts(network, prompts, settings, length, f"one canvas of {length}", pictures)
     return min(-(-settings.max_tokens // length), room // length)
 
 
@@ -203,10 +204,10 @@ class _Run(Run):
         committed = []
         for number, row in enumerate(self.rows):
             on = trace.running[number]
-            ids, reason = kept[number], row.reason if on else ""
-            text, thinking = self.reader.read(number, ids, last=bool(reason)) if on else ("", "")
+            ids, ending = kept[number], {"reason": row.reason, "stop_id": row.stop_id} if on else {}
+            text, thinking = self.reader.read(number, ids, last=bool(row.reason)) if on else ("", "")
             told_of = {**trace.row(number), **scores.get(number, {}), "log_probability": probable.get(number)}
-            made = CanvasRow(ids=ids, reason=reason, text=text, thinking=thinking, **told_of)
+            made = CanvasRow(ids=ids, text=text, thinking=thinking, **ending, **told_of)
             row.canvases += [made] if made.steps else []
             committed.append(made)
         return Committed(index=index, rows=tuple(committed))

@@ -69,6 +69,7 @@ class CanvasRow:
     accepted_per_step: tuple[int, ...]
     log_probability: float | None = None  # of going on with a text of the constraint, by the last step's distributions
     reason: str = ""  # "stop" or "length" when the row finished with this canvas
+    stop_id: int | None = None  # the one behind the ids that ended the row
     text: str = ""  # what became visible, by the run's reader
     thinking: str = ""  # likewise, of the thoughts
     early: bool = False  # not settled: its answer stayed the same for so long as settings.stable_answer says

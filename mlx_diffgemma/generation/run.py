@@ -19,8 +19,16 @@ from .settings import GenerationConfig
 RESERVED = 8192  # tokens of an answer that buffers are made for at once; beyond, they grow by a quarter each time
 
 
+Pictures = Sequence[Sequence[Block]]  # every prompt's, in order
+
+
 def check_prompts(
-    network: Network, prompts: list[list[int]], settings: GenerationConfig, behind: int, what: str
+    network: Network,
+    prompts: list[list[int]],
+    settings: GenerationConfig,
+    behind: int,
+    what: str,
+    pictures: Pictures = (),
 ) -> int:
     """How many tokens fit behind the longest prompt; PromptError when they are fewer than `behind`, which is `what`,
     and for ids that the vocabulary does not have: nothing behind this looks at an id again."""
@@ -34,11 +42,23 @@ def check_prompts(
         raise PromptError("the prompt has no tokens: give at least one (a chat template always does).")
     longest = max(map(len, prompts))
     if longest + behind > limit:
+        seen = next((row for row, ids in zip(pictures, prompts, strict=False) if len(ids) == longest), ())
         raise PromptError(
             f"the prompt is {longest} tokens; with {what} it does not fit the model's context of"
-            f" {limit}.\nShorten it by at least {longest + behind - limit} tokens."
+            f" {limit}.\n{told_of_pictures(seen, limit - behind - longest)}Shorten it by at least"
+            f" {longest + behind - limit} tokens."
         )
     return limit - longest
+
+
+def told_of_pictures(pictures: Sequence[Block], room: int) -> str:
+    """How long each picture of a prompt is, in a sentence; `room` is what there is beside the whole prompt."""
+    if not pictures:
+        return ""
+    tokens = [picture.stop - picture.start for picture in pictures]
+    each = ", ".join(map(str, tokens[:8])) + ", …" * (len(tokens) > 8)
+    there_is = max(room + sum(tokens), 0)
+    return f"{len(tokens)} pictures of {each} take {sum(tokens)} of them, where there is room for {there_is}. "
 
 
 def check_ids(size: int, prompts: list[list[int]]) -> None:
@@ -59,6 +79,7 @@ class Row:
 
     left: int  # tokens it may still get
     reason: str = ""  # empty while it runs
+    stop_id: int | None = None  # the one that ended it
     canvases: list[CanvasRow] = field(default_factory=list)
     counted: int = 0  # tokens, as tokens_per_forward counts them
 
@@ -69,7 +90,7 @@ class Row:
         kept = ids[: min(stop, self.left)]
         self.left -= len(kept)
         if stop == len(kept) and stop < len(ids):
-            self.reason = "stop"
+            self.reason, self.stop_id = "stop", ids[stop]
         elif self.left == 0 or last:
             self.reason = "length"
         return tuple(kept)
@@ -87,7 +108,7 @@ class Run:
         reader: Reader,
         room: int,
         cache: PrefixCache | None,
-        pictures: Sequence[Sequence[Block]] = (),
+        pictures: Pictures = (),
     ):
         self.network, self.settings, self.noise, self.reader = network, settings, noise, reader
         longest = max(map(len, prompts))

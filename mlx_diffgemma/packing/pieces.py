@@ -72,7 +72,7 @@ def device() -> AbstractContextManager[Any]:
 
 
 def _refuse_nonfinite(tensor: Tensor, raw: np.ndarray, cast: np.ndarray, dtype: str) -> None:
-    if _largest(cast) < INFINITE[dtype]:
+    if _largest(cast) < INFINITE[dtype] + (tensor.shape == ()):  # a bound may be infinite: it bounds nothing
         return
     if _largest(raw) >= INFINITE[tensor.dtype]:
         raise CheckpointError(f"{tensor.file.name}: {tensor.name} holds NaN or infinity; expected finite weights.")

@@ -1,16 +1,32 @@
 """A conversation that encodes only what is new in each turn."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..generation.events import Event, Finished, Prefilled
 from ..model.cache import PrefixCache
+from ..model.network import Network
+from ..text import parts
 from ..text.gate import Message, check_text
 from .results import Result
 
 if TYPE_CHECKING:
     from .model import DiffusionGemma
     from .requests import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What the next prompt begins with, encoded."""
+
+    key: tuple[int | str, ...]
+    network: Network  # that encoded it
+    cache: PrefixCache
+
+    def begins(self, key: tuple[int | str, ...], network: Network) -> bool:
+        """Whether a prompt for this network goes on from it."""
+        return network is self.network and len(self.key) < len(key) and key[: len(self.key)] == self.key
 
 
 class Chat:
@@ -24,32 +40,38 @@ class Chat:
     def reset(self) -> None:
         """Forget everything but the system prompt."""
         self.messages: list[Message] = list(self.system)
-        self._kept: tuple[list[int], PrefixCache] | None = None  # ids that the next prompt begins with, encoded
+        self._kept: Kept | None = None
 
-    def send(self, text: str, **options: Any) -> Result:
-        """Say something; returns the answer. `options` are for this turn only."""
-        return next(event.result for event in self.stream(text, **options) if isinstance(event, Finished))
+    def send(self, said: str | list[Message], **options: Any) -> Result:
+        """Say something: a text, or a list of parts, pictures among them, as in a message's content. Returns the
+        answer. `options` are for this turn only."""
+        return next(event.result for event in self.stream(said, **options) if isinstance(event, Finished))
 
-    def stream(self, text: str, **options: Any) -> Iterator[Event]:
+    def stream(self, said: str | list[Message], **options: Any) -> Iterator[Event]:
         """`send`, as events. A turn that is not finished leaves no trace: neither in the history, nor in the prefix
         that is kept, since it is denoised behind a fork of it."""
-        messages = [*self.messages, {"role": "user", "content": check_text(text, "the message")}]
-        options = {**self.options, **options}
+        content = said if isinstance(said, list) else check_text(said, "the message")
+        messages = self.model.opened([*self.messages, {"role": "user", "content": content}])
+        options = {**self._own_options(messages), **options}
         own = ("enable_thinking", "tools", "template_options", "sanitize_control_tokens")
         template = {name: options.pop(name) for name in own if name in options}
         run = {k: options.pop(k, None) for k in ("seed", "noise")}
         request = self.model.prepare(messages, **template, **run, **options)
-        [ids] = request.prompts
-        lasting = self._lasting(ids, messages, template)
+        lasting = self._lasting(messages, template, request)
         request.refuse_choosing()
         request.check_memory(forks=2)  # what the turn goes on from, and what the next one will
-        return self._turn(messages, ids, lasting, request)
+        return self._turn(messages, lasting, request)
 
-    def _turn(self, messages: list[Message], ids: list[int], lasting: int, request: "Request") -> Iterator[Event]:
-        cache, kept = self._fork(ids, request), None
+    def _own_options(self, messages: list[Message]) -> dict[str, Any]:
+        """The conversation's own; how pictures are masked says nothing as long as there is none."""
+        seen = parts.has_pictures(messages)
+        return {name: value for name, value in self.options.items() if seen or name != "picture_mask"}
+
+    def _turn(self, messages: list[Message], lasting: int, request: "Request") -> Iterator[Event]:
+        cache, kept = self._fork(request), None
         for event in request.events(cache, pauses=[lasting]):
             if isinstance(event, Prefilled) and event.tokens == lasting:
-                kept = ids[:lasting], cache.fork()
+                kept = Kept(key=request.keys[0][:lasting], network=request.network, cache=cache.fork())
             elif isinstance(event, Finished):
                 answer: Message = {"role": "assistant", "content": event.result.text}
                 if event.result.tool_calls:
@@ -57,19 +79,19 @@ class Chat:
                 self.messages, self._kept = [*messages, answer], kept or self._kept
             yield event
 
-    def _lasting(self, ids: list[int], messages: list[Message], template: dict[str, Any]) -> int:
-        """How many of the prompt's ids the next turn's prompt will begin with, whatever the answer is.
+    def _lasting(self, messages: list[Message], template: dict[str, Any], request: "Request") -> int:
+        """How much of the prompt the next turn's prompt will begin with, whatever the answer is.
 
         Nearly all; but a template may open the model's turn in another way than it writes down its history.
         """
-        later = self.model.ids([*messages, {"role": "assistant", "content": "."}], **template)
-        pairs = enumerate(zip(ids, later, strict=False))
-        return next((i for i, (now, then) in pairs if now != then), min(len(ids), len(later)))
+        answered = self.model.read([*messages, {"role": "assistant", "content": "."}], **template)
+        now, later = request.keys[0], answered.key(request.settings.picture_mask)
+        pairs = enumerate(zip(now, later, strict=False))
+        return next((i for i, (one, other) in pairs if one != other), min(len(now), len(later)))
 
-    def _fork(self, ids: list[int], request: "Request") -> PrefixCache:
+    def _fork(self, request: "Request") -> PrefixCache:
         """A prefix to go on from: a fork of the kept one where the prompt begins with it, else an empty one."""
-        if self._kept is not None:
-            known, cache = self._kept
-            if len(known) < len(ids) and ids[: len(known)] == known:
-                return cache.fork()
-        return self.model.network.make_cache(canvas_length=request.room)
+        kept, key = self._kept, request.keys[0]
+        if kept is not None and kept.begins(key, request.network):
+            return kept.cache.fork()
+        return request.network.make_cache(canvas_length=request.room)

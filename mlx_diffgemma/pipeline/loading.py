@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
@@ -25,6 +26,7 @@ from ..text.tokenizer import Tokenizer
 from ..values import integer, optional
 from .fitting import Sizes, streamed_layers
 from .model import DiffusionGemma
+from .sight import own_sight
 
 ROOMY_PREFIX = 32_768  # tokens of prefix that must still fit for the trunk to be unpacked by itself
 CACHE_LIMIT = 1 << 30  # bytes of freed buffers MLX may keep for reuse
@@ -92,7 +94,15 @@ def load(
     notices = (*opened.notices, *checkpoint.unused_settings(folder, config), *found.notices, *_slow(network))
     if network.experts.streamed and stream_experts is None:
         notices += (_streams(network, sizes, limit),)
-    model = DiffusionGemma(network, tokenizer, generation_config, folder=folder, memory_limit=limit, notices=notices)
+    model = DiffusionGemma(
+        network,
+        tokenizer,
+        generation_config,
+        folder=folder,
+        memory_limit=limit,
+        notices=notices,
+        see=partial(own_sight, ignore_keys=ignore_keys),
+    )
     if network.tuning.wired:
         wiring.wire(model, memory_needed(network.own, weight_bytes(network), ROOMY_PREFIX))
     share.ready()

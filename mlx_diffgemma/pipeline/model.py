@@ -1,7 +1,7 @@
 """Text in, text out: joins tokenizer, engine and network."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -10,29 +10,31 @@ from typing import Any, Unpack, cast, get_args
 import mlx.core as mx
 
 from ..config import ModelConfig
-from ..errors import BusyError, ConfigError, PromptError, TokenizerError
+from ..errors import BusyError, ConfigError, PromptError
 from ..generation.events import Event
 from ..generation.noise import Noise
 from ..generation.settings import GenerationConfig, GenerationOptions
 from ..model import threads
 from ..model.memory import machine_limit
 from ..model.network import Network
-from ..text.gate import Message, check_messages, check_text, check_tools
+from ..text import parts
+from ..text.gate import check_text
 from ..text.language.automaton import Language
 from ..text.language.texts import MARK, Hole
+from ..text.sources import ANYWHERE, Access
 from ..text.tokenizer import Tokenizer
-from ..values import flag, integer, many, optional, shown
+from ..values import integer, many, optional, shown
 from . import deciding, filling
 from .chat import Chat
 from .constraints import Asked, Compiler
 from .deciding import Decision
 from .filling import Start
 from .pace import Pace
+from .prompts import Prompt, PromptIds, Reading, is_ids
 from .requests import Randomness, Request
 from .results import Result
 from .scores import TextScores, score_ids
-
-Prompt = str | list[Message] | list[int]
+from .sight import Sight, own_sight
 
 
 class DiffusionGemma:
@@ -47,12 +49,13 @@ class DiffusionGemma:
         folder: Path | None = None,
         memory_limit: int | None = None,
         notices: tuple[str, ...] = (),
+        see: Callable[["DiffusionGemma"], Sight] = own_sight,
     ):
         self.network, self._tokenizer, self.generation_config = network, tokenizer, generation_config
         self.folder, self.memory_limit = folder, memory_limit or machine_limit()
         self.pace = Pace(self.config.canvas_length)
         self.notices = notices  # what the checkpoint says that does nothing here, in a sentence each
-        self._lock = threading.Lock()
+        self._lock, self._see = threading.Lock(), see
 
     @property
     def config(self) -> ModelConfig:
@@ -62,6 +65,11 @@ class DiffusionGemma:
     def compiler(self) -> Compiler:
         """What turns languages into this model's constraints. Errors: TokenizerError."""
         return Compiler(self.tokenizer, self.config.vocab_size)
+
+    @cached_property
+    def seeing(self) -> Sight:
+        """What prompts with pictures are read by. Errors: ConfigError for a model without eyes."""
+        return self._see(self)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -105,9 +113,11 @@ class DiffusionGemma:
     ) -> Result | list[Result]:
         """Generate for one prompt (→ Result) or several at once (→ list of Results).
 
-        A prompt is text, chat messages, or ids; text becomes a user message. With `sanitize_control_tokens` the control
-        tokens in messages and tools are plain text. `options` are GenerationConfig's, `template_options` further
-        variables of the chat template.
+        A prompt is text, chat messages, or ids; text becomes a user message. The content of a message may be a list of
+        parts, pictures among them: {"type": "image", "image": a path, URL, bytes, a PIL picture or a uint8 array},
+        with a "budget" of soft tokens (70, 140, 280, 560, 1120), or OpenAI's {"type": "image_url", …}.
+        With `sanitize_control_tokens` the control tokens in messages and tools are plain text. `options` are
+        GenerationConfig's, `template_options` further variables of the chat template.
         A batch's `seeds` give each row the noise of its own single run; `seed` gives rows seed, seed + 1, …
         What the answer may be: `constraint`, a language for all prompts or one (or None) each; or `json_schema` (a
         dict, JSON text or a pydantic model), a `regex` for the whole answer, `choices`, or `tool_choice` ("required",
@@ -194,7 +204,7 @@ class DiffusionGemma:
         """Check everything that `generate` would, and run nothing yet. Errors: as `generate`, but for BusyError."""
         each = cast(list[Prompt], prompt if _is_batch(prompt) else [prompt])
         template: Any = {"enable_thinking": enable_thinking, "tools": tools, "template_options": template_options}
-        prompts = [self.ids(p, sanitize_control_tokens=sanitize_control_tokens, **template) for p in each]
+        prompts = [self.read(p, sanitize_control_tokens=sanitize_control_tokens, **template) for p in each]
         asked = Asked(
             constraint=constraint,
             json_schema=json_schema,
@@ -213,7 +223,7 @@ class DiffusionGemma:
         holes: Sequence[Hole] = (),
         prefix: str | None = None,
         suffix: str | None = None,
-        prompt: str | None = None,
+        prompt: Prompt | None = None,
         seed: int | None = None,
         noise: Noise | None = None,
         **options: Unpack[GenerationOptions],
@@ -246,7 +256,7 @@ class DiffusionGemma:
         holes: Sequence[Hole] = (),
         prefix: str | None = None,
         suffix: str | None = None,
-        prompt: str | None = None,
+        prompt: Prompt | None = None,
         seed: int | None = None,
         noise: Noise | None = None,
         **options: Unpack[GenerationOptions],
@@ -337,7 +347,7 @@ class DiffusionGemma:
             )
 
     def _filled(
-        self, task: filling.Task, prompt: str, randomness: "Randomness", options: GenerationOptions
+        self, task: filling.Task, prompt: Prompt, randomness: "Randomness", options: GenerationOptions
     ) -> "Request":
         length = self._canvas(options)
         if (most := options.get("max_tokens", length)) > length:
@@ -350,7 +360,7 @@ class DiffusionGemma:
             )
         chosen: GenerationOptions = {**options, "max_tokens": most}
         asked = Asked(constraint=task.draft.language())
-        return Request(self, [self.ids(prompt)], chosen, randomness, asked, task.draft)
+        return Request(self, [self.read(prompt)], chosen, randomness, asked, task.draft)
 
     def _canvas(self, options: GenerationOptions) -> int:
         """Positions of this run's canvas. Errors: ConfigError for any option of the wrong kind."""
@@ -374,7 +384,7 @@ class DiffusionGemma:
         """
         optional(integer(least=1)).read(stride, "stride")
         if answer is None:
-            if not isinstance(text, str) and not _is_ids(text):
+            if not isinstance(text, str) and not is_ids(text):
                 raise PromptError("to score an answer, give messages and `answer`; without it, text or ids.")
             return self.score_from(self.text_ids(text) if isinstance(text, str) else self.ids(text), 1, stride=stride)
         asked = self.ids(text)
@@ -408,45 +418,49 @@ class DiffusionGemma:
         template_options: dict[str, Any] | None = None,
         sanitize_control_tokens: bool = False,
     ) -> list[int]:
-        """A prompt as ids. Errors: PromptError for one that is neither text, messages nor ids, TokenizerError for
-        messages that the chat template does not take, and for an option that it does not know."""
-        if isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
-            if enable_thinking is not None or tools is not None or template_options or sanitize_control_tokens:
-                raise PromptError(
-                    "enable_thinking, tools, template_options and sanitize_control_tokens go to the chat template;"
-                    " a prompt of ids has none."
-                )
-            return cast(list[int], list(prompt))
-        if not isinstance(prompt, str) and not (isinstance(prompt, list | tuple) and prompt and _are_messages(prompt)):
-            raise PromptError(
-                "a prompt is text, a list of messages {'role': …, 'content': …}, or a list of ids;"
-                f" got {shown(prompt)}."
-            )
-        for name, value in (("enable_thinking", enable_thinking), ("sanitize_control_tokens", sanitize_control_tokens)):
-            optional(flag).read(value, name, fault=PromptError)
-        tools = check_tools(tools)
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": check_text(prompt, "the prompt")}]
-        for name, given in (("enable_thinking", enable_thinking), ("tools", tools)):
-            if given and not self.tokenizer.reads(name):
-                raise TokenizerError(f"{name} would do nothing: {self.tokenizer.template()[1]} does not read it.")
-        return self.tokenizer.apply_chat_template(
-            check_messages(prompt),
+        """A prompt without pictures as ids. Errors: as `read`, and PromptError for one with pictures."""
+        found = self.read(
+            prompt,
             enable_thinking=enable_thinking,
             tools=tools,
             template_options=template_options,
             sanitize_control_tokens=sanitize_control_tokens,
         )
+        if found.pictures:
+            raise PromptError("this prompt has pictures, and only text is read here.")
+        return found.ids
 
+    def read(
+        self,
+        prompt: Prompt,
+        *,
+        enable_thinking: bool | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        template_options: dict[str, Any] | None = None,
+        sanitize_control_tokens: bool = False,
+    ) -> PromptIds:
+        """A prompt as ids, with the pictures in it, opened and scaled: a prompt again. Errors: PromptError for one that
+        is neither text, messages nor ids, and for a picture that cannot be read, ConfigError for a picture where the
+        model has no eyes, TokenizerError for messages that the chat template does not take, and for an option that it
+        does not know."""
+        return Reading(
+            model=self,
+            enable_thinking=enable_thinking,
+            tools=tools,
+            template_options=template_options,
+            sanitize_control_tokens=sanitize_control_tokens,
+        ).of(prompt)
 
-def _is_ids(prompt: Prompt) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and all(isinstance(i, int) for i in prompt)
+    def opened(self, messages: Any, *, access: Access = ANYWHERE) -> Any:
+        """The same messages; the pictures in them are opened and scaled, so that this is not done again. Errors:
+        PromptError for one that cannot be read, ConfigError where the model has no eyes."""
+        if not parts.has_pictures(messages):
+            return messages
+        found = parts.opened(messages, self.seeing.pictures, access=access)
+        self.seeing.check(parts.taken_out(found)[1])
+        return found
 
 
 def _is_batch(prompt: Prompt | list[Prompt]) -> bool:
     """A list whose entries are prompts themselves: texts, message lists or id lists."""
-    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
-
-
-def _are_messages(prompt: Sequence[Any]) -> bool:
-    return all(isinstance(message, dict) and "role" in message for message in prompt)
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list | PromptIds)

@@ -19,8 +19,10 @@ from ..disk import lock, replacing
 from ..errors import ConfigError, DiffGemmaError, MemoryLimitError, PromptError, TokenizerError
 from ..generation import engine
 from ..readers import decoded, parse_json, read_bytes
+from ..text.parts import with_budget
 from ..values import Field, Table, anything, either, integer, many, mapping
-from .model import DiffusionGemma, Prompt
+from .model import DiffusionGemma
+from .prompts import Prompt, PromptIds
 from .requests import Request
 from .results import Result, result_json
 
@@ -42,14 +44,14 @@ class Line:
     error: str = ""  # why it is no prompt
 
 
-def read_lines(file: Path, system: str | None = None) -> list[Line]:
+def read_lines(file: Path, system: str | None = None, *, budget: str | None = None) -> list[Line]:
     """The prompts of a JSON Lines file: {"prompt": …} or {"messages": […]}, with `id` and `seed` if they have them.
 
-    `system` goes before every prompt. A line that is no prompt has its `error`. Errors: PromptError for a file that
-    cannot be read or holds nothing, or an id that is there twice.
+    `system` goes before every prompt; a picture that asks for no `budget` gets this one. A line that is no prompt has
+    its `error`. Errors: PromptError for a file that cannot be read or holds nothing, or an id that is there twice.
     """
     text = decoded(read_bytes(file, fault=PromptError), str(file), fault=PromptError)
-    lines = [_line(number, line, system) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [_line(number, line, system, budget) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise PromptError(f'--input {file} holds no prompts, expected lines like {{"prompt": "…"}}.')
     first: dict[str | int, int] = {}
@@ -60,7 +62,7 @@ def read_lines(file: Path, system: str | None = None) -> list[Line]:
     return lines
 
 
-def _line(number: int, text: str, system: str | None) -> Line:
+def _line(number: int, text: str, system: str | None, budget: str | None) -> Line:
     try:
         found = parse_json(text, f"line {number}", fault=PromptError)
     except PromptError as error:
@@ -72,6 +74,8 @@ def _line(number: int, text: str, system: str | None) -> Line:
     beside = {key: value for key, value in found.items() if key not in OWN}
     name, seed = found.get("id", number), found.get("seed")
     prompt, error = _prompt(found, system)
+    if budget is not None:
+        prompt = with_budget(prompt, budget)
     if isinstance(name, bool) or not isinstance(name, str | int):
         name, error = number, f"id is {json.dumps(name)[:60]}, expected text or a whole number"
     if isinstance(seed, bool) or not isinstance(seed, int | None):
@@ -114,7 +118,8 @@ class _Asked:
     """A line, ready to run."""
 
     line: Line
-    ids: list[int]
+    length: int  # ids
+    prompt: PromptIds | None  # None: it has pictures, and is read once more when it is its turn
     seed: int
     canvases: int  # it may get, alone
 
@@ -173,25 +178,32 @@ class Offline:
         return ready, broken
 
     def _asked(self, line: Line) -> _Asked:
-        template: Any = {key: value for key, value in self.options.items() if key in TEMPLATE}
-        ids = self.model.ids(line.prompt, **template)
+        prompt = self._read(line)
         seed = self.journal.seed + line.number - 1 if line.seed is None else line.seed
-        request = self.model.prepare(ids, seed=seed, **self._run_options())
+        request = self.model.prepare(prompt, seed=seed, **self._run_options(seen=bool(prompt.pictures)))
         length = request.settings.canvas_length or self.model.config.canvas_length
-        canvases = engine.count_canvases(self.model.network, [ids], request.settings, length)
-        return _Asked(line=line, ids=ids, seed=seed, canvases=canvases)
+        canvases = engine.count_canvases(request.network, [prompt.ids], request.settings, length)
+        kept = None if prompt.pictures else prompt
+        return _Asked(line=line, length=len(prompt.ids), prompt=kept, seed=seed, canvases=canvases)
 
-    def _run_options(self) -> dict[str, Any]:
-        return {key: value for key, value in self.options.items() if key not in TEMPLATE}
+    def _read(self, line: Line) -> PromptIds:
+        template: Any = {key: value for key, value in self.options.items() if key in TEMPLATE}
+        return self.model.read(line.prompt, **template)
+
+    def _run_options(self, *, seen: bool) -> dict[str, Any]:
+        """`seen`: there are pictures, and how they are masked means something."""
+        own = {key: value for key, value in self.options.items() if key not in TEMPLATE}
+        return {key: value for key, value in own.items() if seen or key != "picture_mask"}
 
     def _batches(self, ready: list[_Asked]) -> Iterator[list[_Asked]]:
         """The longest prompts first; the same batches in every run.
 
         In a batch, all get as many canvases as they would alone: near the end of the context a longer one gets fewer.
+        Prompts with pictures come behind those without, in batches of their own.
         """
         batch: list[_Asked] = []
-        for asked in sorted(ready, key=lambda asked: (-len(asked.ids), asked.line.number)):
-            if batch and (len(batch) == self.batch_size or asked.canvases != batch[0].canvases):
+        for asked in sorted(ready, key=lambda asked: (asked.prompt is None, -asked.length, asked.line.number)):
+            if batch and (len(batch) == self.batch_size or _kind(asked) != _kind(batch[0])):
                 yield from self._fitting(batch)
                 batch = []
             batch.append(asked)
@@ -210,9 +222,14 @@ class Offline:
             yield batch
 
     def _request(self, batch: list[_Asked]) -> Request:
-        prompts: list[Prompt] = [asked.ids for asked in batch]
+        prompts: list[Prompt] = [asked.prompt or self._read(asked.line) for asked in batch]
         seeds = [asked.seed for asked in batch]
-        return self.model.prepare(prompts, seeds=seeds, **self._run_options())
+        return self.model.prepare(prompts, seeds=seeds, **self._run_options(seen=batch[0].prompt is None))
+
+
+def _kind(asked: _Asked) -> tuple[int, bool]:
+    """What is the same for all of a batch."""
+    return asked.canvases, asked.prompt is None
 
 
 def _fingerprint(lines: Sequence[Line]) -> str:

@@ -14,15 +14,19 @@ from ..generation.constraint.conditioned import Guides
 from ..generation.events import Event, Finished, Prefilled
 from ..generation.noise import Noise, NoiseRecorder, RecordedNoise, SeededNoise
 from ..generation.settings import Decoding, GenerationConfig, GenerationOptions
+from ..model.blocks import Block
 from ..model.cache import PrefixCache
 from ..model.memory import weight_bytes
+from ..model.network import Network
 from ..model.table import unpacked_dtype
+from ..text.images import Seen
 from ..values import integer, many, optional, shown
 from . import filling
 from .choosing import choose
 from .constraints import Asked, Compiled, timed
 from .drafts import Draft
 from .fitting import check_memory
+from .prompts import PromptIds
 from .results import Answers, Result
 
 if TYPE_CHECKING:
@@ -73,17 +77,21 @@ class Request:
     def __init__(
         self,
         model: "DiffusionGemma",
-        prompts: list[list[int]],
+        prompts: list[PromptIds],
         options: GenerationOptions,
         randomness: Randomness,
         asked: Asked,
         draft: Draft | None = None,
     ):
-        self.model, self.prompts, self.draft = model, prompts, draft
+        self.model, self.draft = model, draft
+        self.prompts = [prompt.ids for prompt in prompts]
+        self.pictures = [prompt.pictures for prompt in prompts]
+        self.network = self._network()
         self.departures: dict[str, Any] = {}  # from the reference, besides those of the settings
         self.settings = self._settings(options)
         self._length = self.settings.canvas_length or model.config.canvas_length
-        tokens = engine.check(model.network, prompts, self.settings)
+        self.keys = [prompt.key(self.settings.picture_mask) for prompt in prompts]
+        tokens = engine.check(self.network, self.prompts, self.settings, self._blocks)
         self.constraints = self._compiled(asked)
         guides = Guides(self._constraints, len(prompts))
         guides.check(self.settings, model.config.vocab_size, tokens)
@@ -91,6 +99,29 @@ class Request:
         if self.settings.chooses and randomness.noise is not None:
             raise ConfigError("best_of and retries draw other seeds: with recorded noise there are none.")
         self.check_memory()
+
+    def _network(self) -> Network:
+        """What runs it: the model's own network, unless its eyes came with another. Errors: PromptError where that
+        would answer prompts without pictures, too."""
+        if not any(self.pictures):
+            return self.model.network
+        network = self.model.seeing.network
+        if network is not self.model.network and not all(self.pictures):
+            raise PromptError(
+                "this model answers prompts with pictures by other weights than those without: they do not go into one"
+                " batch.\nGive them in two calls."
+            )
+        return network
+
+    @property
+    def seen(self) -> list[Seen]:
+        """To what the pictures of all prompts were scaled."""
+        return [placed.picture.seen for row in self.pictures for placed in row]
+
+    @property
+    def _blocks(self) -> list[list[Block]]:
+        """The pictures, as the engine takes them."""
+        return [self.model.seeing.blocks(row) for row in self.pictures] if any(self.pictures) else []
 
     def _noise(self, randomness: Randomness) -> tuple[Noise, Sequence[int | None]]:
         decoding, vocabulary = self.settings.decoding, self.model.config.vocab_size
@@ -127,8 +158,10 @@ class Request:
         """Errors: MemoryLimitError when the run does not fit beside so many forks of its prefix."""
         model, rows = self.model, len(self.prompts) * self.settings.best_of
         prefix = max(map(len, self.prompts)) + self.settings.max_tokens
-        weights = weight_bytes(model.network) + self._kept_bytes()
-        check_memory(model.network.own, weights, model.memory_limit, prefix, rows=rows, forks=forks)
+        weights = weight_bytes(self.network) + self._kept_bytes()
+        if seen := [placed for row in self.pictures for placed in row]:
+            weights += model.seeing.needed(seen)
+        check_memory(self.network.own, weights, model.memory_limit, prefix, rows=rows, forks=forks)
 
     def _kept_bytes(self) -> int:
         """What a step under constraints holds for the signal: a weight of every id of a text at every position."""
@@ -136,10 +169,7 @@ class Request:
             return 0
         sizes = [int((made.constraint.classes >= 0).sum()) for made in self.constraints if made]
         return (
-            sum(sizes)
-            * self.settings.best_of
-            * self._length
-            * unpacked_dtype(self.model.network.decoder.embed_tokens).size
+            sum(sizes) * self.settings.best_of * self._length * unpacked_dtype(self.network.decoder.embed_tokens).size
         )
 
     def _settings(self, options: GenerationOptions) -> GenerationConfig:
@@ -175,12 +205,13 @@ class Request:
             self.prompts,
             self.seeds,
             constraints=self.constraints,
+            pictures=self.pictures,
             draft=self.draft,
             departures=self.departures,
             pace=self.model.pace,
         )
         for event in engine.generate(
-            self.model.network,
+            self.network,
             self.prompts,
             self.settings,
             self.noise,
@@ -188,6 +219,7 @@ class Request:
             pauses=pauses,
             reader=reader,
             constraint=self._constraints,
+            pictures=self._blocks,
         ):
             if isinstance(event, Prefilled) and event.tokens < event.total:
                 mx.clear_cache()
@@ -226,6 +258,7 @@ class Request:
         """The prompts of these numbers, for these seeds."""
         request = copy(self)
         request.prompts = [self.prompts[number] for number in prompts]
+        request.pictures = [self.pictures[number] for number in prompts]
         request.constraints = [self.constraints[number] for number in prompts]
         request.noise, request.seeds = request._noise(Randomness(seeds=seeds))
         return request

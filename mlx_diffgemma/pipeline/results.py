@@ -8,10 +8,12 @@ import mlx.core as mx
 
 from ..generation.drawing import Decode, text_html
 from ..generation.events import CanvasRow, Committed, Denoised, Event, Finished, Statistics
+from ..text.images import Seen
 from ..text.tokenizer import Tokenizer
 from .constraints import Compiled, Obeyed, obeyed
 from .drafts import Draft
 from .pace import Pace
+from .prompts import Placed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,7 @@ class Result:
     seed: int | None  # None when the noise was recorded
     constraint: Obeyed | None = None  # how it was held to its constraint, if there was one
     holes: tuple[str, ...] | None = None  # what stands in the holes of a text that was filled in; `text` is all of it
+    pictures: tuple[Seen, ...] = ()  # of the prompt: to what each was scaled, and how many tokens it took
     hint: str = ""  # whether the other decoding would have been faster, once this process has measured both
 
     @property
@@ -59,6 +62,7 @@ class Answers:
         seeds: Sequence[int | None],
         *,
         constraints: Sequence[Compiled | None] | None = None,
+        pictures: Sequence[Sequence[Placed]] = (),
         draft: Draft | None = None,
         departures: dict[str, Any] | None = None,
         pace: Pace | None = None,
@@ -66,6 +70,7 @@ class Answers:
         self.tokenizer, self.seeds, self.draft, self.departures = tokenizer, seeds, draft, departures or {}
         self.pace = pace
         self.constraints = constraints or [None] * len(prompts)
+        self.pictures = pictures or [()] * len(prompts)
         self._answers = [_Answer(tokenizer, prompt) for prompt in prompts]
 
     def read(self, row: int, ids: tuple[int, ...], *, last: bool) -> tuple[str, str]:
@@ -91,6 +96,7 @@ class Answers:
             canvases=canvases,
             statistics=replace(statistics, departures=statistics.departures | self.departures),
             seed=self.seeds[row],
+            pictures=tuple(placed.picture.seen for placed in self.pictures[row]),
             hint=self.pace.hint(canvases, statistics) if self.pace and len(self.seeds) == 1 else "",
             constraint=obeyed(made, canvases) if made else None,
             holes=draft.filled(text) if draft else None,
@@ -138,9 +144,11 @@ def result_json(result: Result) -> dict[str, Any]:
     """Everything about a reply as plain data; seconds and bytes are in the names."""
     constrained = {"constraint": asdict(result.constraint)} if result.constraint else {}
     filled = {"holes": list(result.holes)} if result.holes is not None else {}
+    seen = {"pictures": [asdict(picture) for picture in result.pictures]} if result.pictures else {}
     return (
         constrained
         | filled
+        | seen
         | {
             "text": result.text,
             "thinking": result.thinking,

@@ -47,6 +47,15 @@ def score_ids(
 
     Errors: PromptError for nothing to score, or a text longer than the context without a `stride`.
     """
+    found = list(score_parts(network, ids, start=start, chunk=chunk, stride=stride))
+    logprobs = tuple(nats for part in found for nats in part.logprobs)
+    return TextScores(tokens=tuple(ids[start:]), logprobs=logprobs, best=tuple(i for part in found for i in part.best))
+
+
+def score_parts(
+    network: Network, ids: list[int], *, start: int = 1, chunk: int = 2048, stride: int | None = None, top: int = 0
+) -> Iterator[vocabulary.Scores]:
+    """`score_ids` chunk by chunk, with the `top` likeliest tokens of each place. Errors: as `score_ids`."""
     limit = network.config.max_position_embeddings
     check_ids(network.config.vocab_size, [ids])
     if start < 1 or len(ids) <= start:
@@ -58,13 +67,8 @@ def score_ids(
         )
     if stride is not None and not 1 <= stride < limit:
         raise PromptError(f"the stride is {stride} tokens, expected 1 … {limit - 1}: less than the model's context.")
-    logprobs: list[float] = []
-    best: list[int] = []
     for first, scored, end in _windows(len(ids), start, limit, stride or limit - 1):
-        for found in _window(network, ids[first:end], scored - first, chunk):
-            logprobs += found.logprobs
-            best += found.best
-    return TextScores(tokens=tuple(ids[start:]), logprobs=tuple(logprobs), best=tuple(best))
+        yield from _window(network, ids[first:end], scored - first, chunk, top)
 
 
 def _windows(length: int, start: int, limit: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -78,15 +82,15 @@ def _windows(length: int, start: int, limit: int, stride: int) -> Iterator[tuple
         first += stride
 
 
-def _window(network: Network, ids: list[int], start: int, chunk: int) -> Iterator[vocabulary.Scores]:
+def _window(network: Network, ids: list[int], start: int, chunk: int, top: int) -> Iterator[vocabulary.Scores]:
     """Scores of the tokens from `start` on, chunk by chunk."""
     cache = network.make_cache(canvas_length=chunk)
     cache.reserve(len(ids))
     for begin in range(0, len(ids) - 1, chunk):
-        yield _chunk(network, cache, ids[begin : begin + chunk + 1], max(0, start - 1 - begin))
+        yield _chunk(network, cache, ids[begin : begin + chunk + 1], max(0, start - 1 - begin), top)
 
 
-def _chunk(network: Network, cache: PrefixCache, ids: list[int], skipped: int) -> vocabulary.Scores:
+def _chunk(network: Network, cache: PrefixCache, ids: list[int], skipped: int, top: int) -> vocabulary.Scores:
     """Read all but the last of the ids, and score all but the first, without the first `skipped` of these."""
     hidden = network.encode(mx.array([ids[:-1]], mx.int32), cache)[0]  # [T, H]
     if skipped >= len(ids) - 1:
@@ -94,6 +98,6 @@ def _chunk(network: Network, cache: PrefixCache, ids: list[int], skipped: int) -
         return vocabulary.Scores(logprobs=[], best=[], top=None)
     shaping = vocabulary.Shaping(cap=network.config.final_logit_softcapping, temperature=1.0)
     targets, table = mx.array(ids[1 + skipped :], mx.int32), network.decoder.embed_tokens
-    found = vocabulary.score(hidden[skipped:], table, shaping, targets, tuning=network.tuning)
+    found = vocabulary.score(hidden[skipped:], table, shaping, targets, top=top, tuning=network.tuning)
     mx.eval(cache.state)
     return found

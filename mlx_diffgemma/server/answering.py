@@ -4,21 +4,25 @@ import bisect
 import codecs
 import json
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from ..errors import PromptError, TokenizerError
-from ..generation.events import CanvasRow, Committed, Denoised, Event, Prefilled
+from ..generation.events import CanvasRow, Committed, Denoised, Prefilled
+from ..generation.run import told_of_pictures
 from ..generation.settings import GenerationOptions
+from ..generation.vocabulary import Scores
 from ..model.memory import STEP, memory_needed, weight_bytes
 from ..pipeline.constraints import Asked
 from ..pipeline.drafts import Draft
 from ..pipeline.model import DiffusionGemma
+from ..pipeline.prompts import PromptIds
 from ..pipeline.requests import Request
 from ..pipeline.results import Result
+from ..pipeline.scores import score_parts
 from ..text.channels import QUOTE
 from ..text.tokenizer import Tokenizer
 from .exchange import (
@@ -36,9 +40,10 @@ from .exchange import (
     Reading,
     Said,
 )
-from .prefixes import Prefixes
+from .prefixes import Key, Prefixes
 from .typed import typed_call
 
+T = TypeVar("T")
 TURN = 32  # tokens of autoregressive decoding that count as one canvas: nobody waits longer for them
 
 
@@ -66,6 +71,8 @@ class Answering:
         stop_ids = frozenset(self.request.settings.stop_ids)
         self.rows = [_Row(model.tokenizer, prompt, order, stop_ids) for prompt in self.request.prompts]
         self.needed = rows * held(model, max(map(len, self.request.prompts)) + self.request.settings.max_tokens)
+        if any(self.request.pictures):
+            self.needed += model.seeing.needed(self.request.pictures[0])
         self.seconds = {"queue": 0.0, "prefill": 0.0, "denoise": 0.0}
         self.reused = 0
 
@@ -75,20 +82,25 @@ class Answering:
             prompt_tokens=self._prompt_tokens,
             seeds=tuple(cast(Sequence[int], self.request.seeds)),
             left_out=self.left_out,
-            prompts=self._echoed(),
         )
 
     def run(self, prefixes: Prefixes) -> Iterator[Beat]:
         """Closing it stops within a step. Errors: whatever a generation may raise."""
+        yield from self._echo()
         if self.request.settings.chooses:
             yield from self._choose()
+            return
+        if isinstance(self.order.of, Continuations) and self.order.of.only_echo:
+            for row in self.rows:
+                row.reason = "length"
+            yield Beat(news=(self._ended(),), turn_is_over=True)
             return
         cache, pauses = self._start(prefixes)
         events = self._clocked(self.request.events_among_others(cache, pauses))
         for event in events:
             if isinstance(event, Prefilled):
                 if event.tokens in pauses and cache is not None:
-                    prefixes.keep(self.request.prompts[0][: event.tokens], cache)
+                    prefixes.keep(self.request.keys[0][: event.tokens], self.request.network, cache)
                 yield Beat(news=(Reading(tokens=event.tokens, total=event.total),), turn_is_over=True)
             elif isinstance(event, Denoised):
                 yield Beat(news=self._drafts(event))
@@ -109,10 +121,11 @@ class Answering:
         options = GenerationOptions(**order.options)
         if isinstance(of, Gap):
             return self.model.prepare_fill(prefix=of.prefix, suffix=of.suffix, seed=order.seed, **options)
-        prompts = [self._ids(of)] if isinstance(of, Conversation) else [self._text_ids(p) for p in of.prompts]
-        self._check_length(max(map(len, prompts)))
+        prompts = [self._read(of)] if isinstance(of, Conversation) else [self._text_ids(p) for p in of.prompts]
+        longest = max((prompt for prompt in prompts), key=lambda prompt: len(prompt.ids))
+        self._check_length(longest)
         if "max_tokens" not in options:
-            options["max_tokens"] = self._room(max(map(len, prompts)), most_bytes // (order.copies * len(prompts)))
+            options["max_tokens"] = self._room(len(longest.ids), most_bytes // (order.copies * len(prompts)))
         if most_tokens is not None:
             options["max_tokens"] = min(options["max_tokens"], most_tokens)
         rows = [prompt for prompt in prompts for _ in range(order.copies)]
@@ -120,7 +133,7 @@ class Answering:
         prompt: Any = rows if len(rows) > 1 else rows[0]
         return self.model.prepare(prompt, seed=order.seed, constraint=language, **options)
 
-    def _ids(self, of: Conversation) -> list[int]:
+    def _read(self, of: Conversation) -> PromptIds:
         reads = self.model.tokenizer.reads
         thinking = of.thinking
         if thinking is not None and not reads("enable_thinking"):
@@ -131,19 +144,20 @@ class Answering:
             "template_options": of.template_options,
             "sanitize_control_tokens": True,
         }
-        return self.model.ids(of.messages, **self.template)
+        return self.model.read(of.messages, **self.template)
 
-    def _text_ids(self, prompt: str | list[int]) -> list[int]:
-        return self.model.text_ids(prompt) if isinstance(prompt, str) else self.model.ids(prompt)
+    def _text_ids(self, prompt: str | list[int]) -> PromptIds:
+        return self.model.read(self.model.text_ids(prompt) if isinstance(prompt, str) else prompt)
 
-    def _check_length(self, longest: int) -> None:
+    def _check_length(self, prompt: PromptIds) -> None:
         limit, options = self.model.config.max_position_embeddings, self.order.options
         canvas = options.get("canvas_length") or self.model.config.canvas_length
         least = 1 if options.get("decoding") == "autoregressive" else canvas
-        if longest + least > limit:
+        if (longest := len(prompt.ids)) + least > limit:
+            seen = self.model.seeing.blocks(prompt.pictures) if prompt.pictures else []
             raise TooLong(
                 f"This model's context is {limit} tokens. The prompt has {longest}, and {least} more are needed for an"
-                " answer. Shorten the prompt."
+                f" answer. {told_of_pictures(seen, limit - least - longest)}Shorten the prompt."
             )
 
     def _room(self, longest: int, most_bytes: int) -> int:
@@ -162,12 +176,12 @@ class Answering:
         a seed: a prompt in pieces is the same but for rounding, and a seed promises the same."""
         if len(self.rows) > 1 or not isinstance(self.order.of, Conversation) or self.order.seed is not None:
             return None, []
-        ids = self.request.prompts[0]
-        cache = prefixes.longest(ids) or self.model.network.make_cache()
+        key, network = self.request.keys[0], self.request.network
+        cache = prefixes.longest(key, network) or network.make_cache()
         self.reused = cache.length
-        return cache, [end for end in self._lasting_ends(ids, self.order.of) if cache.length < end]
+        return cache, [end for end in self._lasting_ends(key, self.order.of) if cache.length < end]
 
-    def _lasting_ends(self, ids: list[int], of: Conversation) -> list[int]:
+    def _lasting_ends(self, key: Key, of: Conversation) -> list[int]:
         """How many ids other conversations with this system prompt and these tools share, and how many this
         conversation's next turn."""
         system = [message for message in of.messages[:1] if message.get("role") in ("system", "developer")]
@@ -177,7 +191,8 @@ class Answering:
         found = []
         for messages in others:
             try:
-                found.append(_common(ids, self.model.ids(messages, **self.template)))
+                other = self.model.read(messages, **self.template)
+                found.append(_common(key, other.key(self.request.settings.picture_mask)))
             except TokenizerError:  # a template that wants its turns in another order: nothing is kept there
                 continue
         return found
@@ -187,18 +202,41 @@ class Answering:
         """Each prompt counts once, however many answers it gets."""
         return sum(map(len, self.request.prompts[:: self.order.copies]))
 
-    def _echoed(self) -> tuple[str, ...]:
-        of = self.order.of
+    def _echo(self) -> Iterator[Beat]:
+        """The prompts, in front of their answers: with log-probabilities by the causal pass, where those are wanted."""
+        of, copies = self.order.of, self.order.copies
         if not isinstance(of, Continuations) or not of.echo:
-            return ()
-        return tuple(p if isinstance(p, str) else self.model.tokenizer.decode(p) for p in of.prompts)
+            return
+        for index, prompt in enumerate(of.prompts):
+            ids, rows = self.request.prompts[index * copies], range(index * copies, (index + 1) * copies)
+            scores: list[tuple[int, float | None, Sequence[Any]]] = [(ids[0], None, ())]
+            for part in self._scored(ids):
+                tops = part.top or [()] * len(part.logprobs)
+                scores += zip(ids[len(scores) :], part.logprobs, tops, strict=False)
+                yield Beat(turn_is_over=True)
+            text = prompt if isinstance(prompt, str) else self.model.tokenizer.decode(prompt)
+            told = scores[1:] if isinstance(prompt, str) and self._begins(ids) else scores
+            for row in rows:
+                logprobs = self.rows[row].echo(text, told)
+                yield Beat(news=(Said(row=row, block=0, text=text, thinking="", logprobs=logprobs),))
+
+    def _begins(self, ids: list[int]) -> bool:
+        """Whether the ids of a text begin with <bos>, which no text has."""
+        return ids[0] == self.model.tokenizer.bos_id
+
+    def _scored(self, ids: list[int]) -> Iterator[Scores]:
+        """All ids but the first, chunk by chunk; none where no log-probabilities are wanted."""
+        settings = self.request.settings
+        if self.rows[0].scored and len(ids) > 1:
+            chunk, top = settings.prefill_step_size, settings.top_logprobs
+            yield from self._clocked(score_parts(self.model.network, ids, chunk=chunk, top=top))
 
     # ---------------------------------------------------------------------------------------------------- the events
 
-    def _clocked(self, events: Iterator[Event]) -> Generator[Event, None, None]:
+    def _clocked(self, events: Iterator[T]) -> Generator[T, None, None]:
         began = time.perf_counter()
         for event in events:
-            kind = "prefill" if isinstance(event, Prefilled) else "denoise"
+            kind = "prefill" if isinstance(event, Prefilled | Scores) else "denoise"
             self.seconds[kind] += time.perf_counter() - began
             yield event
             began = time.perf_counter()
@@ -240,6 +278,7 @@ class Answering:
             departures=settings.departures | request.departures,
             tuning=self.model.network.tuning.fingerprint,
             seconds=dict(self.seconds),
+            pictures=tuple(placed.picture.seen for placed in request.pictures[0]),
         )
 
     def _choose(self) -> Iterator[Beat]:
@@ -258,6 +297,7 @@ class _Row:
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], order: Order, stop_ids: frozenset[int]):
         self.tokenizer, self.cut, self.stop_ids = tokenizer, Cut(order.stops), stop_ids
         self.scored = bool(order.options.get("logprobs"))
+        self.tells_stop = isinstance(order.of, Continuations)  # with its log-probability: a text's end is part of it
         self.open_channel = tokenizer.opens_channel(prompt)
         self.ids: list[int] = []
         self.text = self.thinking = self.reason = ""
@@ -278,9 +318,17 @@ class _Row:
         self.shown = (self.shown[0] + made.text, self.shown[1] + made.thinking)
         text = "" if hidden else self.cut.add(made.text, last=bool(made.reason))
         self.text, self.thinking = self.text + text, self.thinking + made.thinking
-        told = tuple(self._logprobs(made)) if made.logprobs is not None else ()
+        ids = made.ids if made.stop_id is None or not self.tells_stop else (*made.ids, made.stop_id)
+        tops, own = made.top_logprobs or [()] * len(ids), made.canvas_logprobs or [None] * len(ids)
+        told = tuple(map(self._logprob, ids, made.logprobs or (), tops, own))
         self.logprobs += told
         return text, made.thinking, told
+
+    def echo(self, text: str, scores: Iterable[tuple[int, float | None, Sequence[Any]]]) -> tuple[Logprob, ...]:
+        """The prompt stands in front: its text, and of its tokens id, log-probability and the likeliest."""
+        told = tuple(self._logprob(*score) for score in scores) if self.scored else ()
+        self.text, self.logprobs = text, list(told)
+        return told
 
     def fill(self, text: str) -> str:
         self.text = self.cut.add(text, last=True)
@@ -331,13 +379,10 @@ class _Row:
             return text, "content"
         return (thinking, "reasoning") if thinking else (_arguments(parts.tool_calls[-1]), "tool")
 
-    def _logprobs(self, made: CanvasRow) -> Iterator[Logprob]:
-        tops: Sequence[Any] = made.top_logprobs or [()] * len(made.ids)
-        own: Sequence[Any] = made.canvas_logprobs or [None] * len(made.ids)
-        for token, nats, top, canvas in zip(made.ids, made.logprobs or (), tops, own, strict=False):
-            likeliest = tuple((*self._spelled(i), value) for i, value in top)
-            name, spelled = self._spelled(token)
-            yield Logprob(token=name, bytes=spelled, logprob=nats, top=likeliest, canvas_logprob=canvas)
+    def _logprob(self, token: int, nats: float | None, top: Sequence[Any] = (), canvas: float | None = None) -> Logprob:
+        likeliest = tuple((*self._spelled(i), value) for i, value in top)
+        name, spelled = self._spelled(token)
+        return Logprob(token=name, bytes=spelled, logprob=nats, top=likeliest, canvas_logprob=canvas)
 
     def _spelled(self, token: int) -> tuple[str, tuple[int, ...] | None]:
         """A token as text and in bytes; half a character is told by its bytes."""
@@ -412,7 +457,7 @@ def _begun(text: str, stop: str) -> int:
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def _common(a: Key, b: Key) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

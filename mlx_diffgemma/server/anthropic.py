@@ -130,7 +130,7 @@ def _said(message: Json, where: str) -> Iterator[Json]:
             calls.append({"id": block.get("id"), "type": "function", "function": function})
         elif kind == "tool_result":
             told = block.get("content") or ""
-            told = told if isinstance(told, str) else _texts(told, f"{place}.content")
+            told = told if isinstance(told, str) else _shown(told, f"{place}.content")
             yield {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": told}
         elif kind == "thinking":
             thoughts.append(str(block.get("thinking", "")))
@@ -156,6 +156,17 @@ def _texts(content: str | Sequence[Json], place: str) -> str:
         kind = other.get("type") if isinstance(other, Mapping) else other
         raise Refused(f"{place} has a {kind!r:.40} block; only text is read there.", param=place.partition("[")[0])
     return "".join(_text(block, place) for block in content)
+
+
+def _shown(content: Sequence[Json], place: str) -> str | list[Json]:
+    """What a tool answered: its text, or, with pictures among it, parts."""
+    pictures = [isinstance(block, Mapping) and block.get("type") == "image" for block in content]
+    if not any(pictures):
+        return _texts(content, place)
+    return [
+        _picture(block.get("source"), f"{place}[{n}]") if seen else {"type": "text", "text": _texts([block], place)}
+        for n, (block, seen) in enumerate(zip(content, pictures, strict=True))
+    ]
 
 
 def _picture(source: Any, place: str) -> Json:

@@ -19,12 +19,14 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..readers import parse_json
-from . import anthropic, decisions, fim, ollama, openai, responses
+from ..text.sources import Access
+from . import anthropic, decisions, fim, ollama, openai, pictures, responses
 from .exchange import Accepted, Decisions, Drafted, Ended, Failed, Full, News, Order, Refused, Served
 from .guard import Guard, Rules
 from .scheduler import Scheduler
 
 LARGEST = 32_000_000  # bytes of a request
+OPENING = 4  # requests whose pictures are opened at a time
 SILENCE = 5.0  # seconds after which a stream says that it lives
 FOLDER = Path(__file__).parent / "page"
 PAGE = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
@@ -58,8 +60,8 @@ Read = Callable[[Any, Served], Translation]
 Fault = Callable[..., dict[str, Any]]  # status, message, param=, code= → an error's body
 
 
-def app(scheduler: Scheduler, served: Served, rules: Rules | None = None) -> ASGIApp:
-    """The ASGI application. The scheduler has been started."""
+def app(scheduler: Scheduler, served: Served, rules: Rules | None = None, access: Access = pictures.HERE) -> ASGIApp:
+    """The ASGI application. The scheduler has been started. `access`: where requests may have their pictures from."""
 
     async def health(_: Request) -> Response:
         told = scheduler.health() | {"model": served.name}
@@ -91,7 +93,7 @@ def app(scheduler: Scheduler, served: Served, rules: Rules | None = None) -> ASG
         return Response((FOLDER.parent / "openapi.json").read_bytes(), media_type="application/json")
 
     def endpoint(path: str, read: Read, fault: Fault) -> Route:
-        return Route(path, Endpoint(scheduler, served, read, fault), methods=["POST"])
+        return Route(path, Endpoint(scheduler, served, read, fault, access), methods=["POST"])
 
     routes = [
         endpoint("/v1/chat/completions", openai.read_chat, openai.fault),
@@ -119,15 +121,16 @@ def app(scheduler: Scheduler, served: Served, rules: Rules | None = None) -> ASG
 class Endpoint:
     """One protocol's way in."""
 
-    def __init__(self, scheduler: Scheduler, served: Served, read: Read, fault: Fault):
-        self.scheduler, self.served, self.read, self.fault = scheduler, served, read, fault
+    def __init__(self, scheduler: Scheduler, served: Served, read: Read, fault: Fault, access: Access):
+        self.scheduler, self.served, self.read, self.fault, self.access = scheduler, served, read, fault, access
+        self.opening = asyncio.Semaphore(OPENING)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         mailbox = Mailbox()
         try:
             body = parse_json(await _body(Request(scope, receive)), "the request", fault=Refused)
             translation = self.read(body, self.served)
-            job = self.scheduler.submit(translation.order, mailbox.post)
+            job = self.scheduler.submit(await self._opened(translation.order), mailbox.post)
         except Refused as error:
             await self._no(error.status, str(error), param=error.param, code=error.code)(scope, receive, send)
             return
@@ -145,6 +148,13 @@ class Endpoint:
             job.cancel()
             answering.cancel()
             leaving.cancel()
+
+    async def _opened(self, order: Order | Decisions) -> Order | Decisions:
+        """With its pictures. Errors: Refused."""
+        if not pictures.wanted(order):
+            return order
+        async with self.opening:
+            return await asyncio.to_thread(pictures.opened, order, self.served, self.access)
 
     async def _answer(
         self, translation: Translation, mailbox: "Mailbox", scope: Scope, receive: Receive, send: Send

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..errors import DiffGemmaError
 from ..generation.settings import GenerationOptions
+from ..text.images import PictureConfig, Seen
 from ..text.language.texts import MARK, Hole
 
 
@@ -21,6 +22,7 @@ class Served:
     context: int  # tokens
     tools: bool  # whether its chat template reads tools
     thinking: bool  # and whether it can be told to think
+    pictures: PictureConfig | None = None  # how it wants pictures; None: it has no eyes
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -29,7 +31,7 @@ class Served:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Chat messages to be answered."""
+    """Chat messages to be answered; the pictures in them are opened before the order is given."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
@@ -43,7 +45,8 @@ class Continuations:
     """Bare texts (or ids) to be gone on with, each by itself."""
 
     prompts: tuple[str | list[int], ...]
-    echo: bool = False  # the prompt stands in front of the answer
+    echo: bool = False  # the prompt stands in front of the answer, with its log-probabilities where those are wanted
+    only_echo: bool = False  # and there is no answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +100,6 @@ class Accepted:
     prompt_tokens: int
     seeds: tuple[int, ...]  # one a row
     left_out: tuple[str, ...] = ()  # what of the order does nothing with this model
-    prompts: tuple[str, ...] = ()  # the prompts as text, where they are to be echoed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,14 +134,14 @@ class Logprob:
 
     token: str
     bytes: tuple[int, ...] | None  # None: a special token, which is no text
-    logprob: float
+    logprob: float | None  # None: nothing stands in front of it
     top: tuple[tuple[str, tuple[int, ...] | None, float], ...] = ()  # token, bytes and logprob of the likeliest
     canvas_logprob: float | None = None  # what the canvas had for it, beside all others: no part of a chain
 
 
 @dataclass(frozen=True, kw_only=True)
 class Said:
-    """Text that became visible of one row; it stays."""
+    """Text that became visible of one row; it stays. An echoed prompt comes first."""
 
     row: int
     block: int
@@ -152,7 +154,7 @@ class Said:
 class Answer:
     """All of one row."""
 
-    text: str
+    text: str  # an echoed prompt included
     thinking: str
     tool_calls: tuple[dict[str, Any], ...]  # {"name": …, "arguments": {…}}
     unread_calls: tuple[str, ...]  # calls that cannot be read, as they stand
@@ -186,6 +188,7 @@ class Ended:
     tuning: str
     seconds: dict[str, float]  # queue, prefill, denoise, commit
     choices: tuple[Choice, ...] = ()  # of Decisions
+    pictures: tuple[Seen, ...] = ()  # of the prompt
 
 
 @dataclass(frozen=True, kw_only=True)

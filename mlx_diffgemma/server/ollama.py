@@ -77,13 +77,14 @@ def tags(served: Served) -> Json:
 def show(body: Any, served: Served) -> Json:
     """What is known of the model. Errors: Refused."""
     openai.read(SHOW, body)
+    able = {"tools": served.tools, "thinking": served.thinking, "vision": served.pictures is not None}
     return {
         "modelfile": "",
         "parameters": "",
         "template": "",
         "details": _DETAILS,
         "model_info": {"general.architecture": "diffusion_gemma", "diffusion_gemma.context_length": served.context},
-        "capabilities": ["completion", "insert", *(name for name in ("tools", "thinking") if getattr(served, name))],
+        "capabilities": ["completion", "insert", *(name for name, it_can in able.items() if it_can)],
     }
 
 

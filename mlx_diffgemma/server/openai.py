@@ -11,6 +11,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ..errors import ConfigError
@@ -64,6 +65,18 @@ DIFFUSION = Table(
     Field("drafts", one_of("text", "tokens"), None),
     Field("pins", either(text(empty=False), _PINS.kind), None),
 )
+
+
+def instead(name: str) -> Kind:
+    """What is read under another name, and would do nothing under this one."""
+
+    def take(value: Any) -> None:
+        if value:
+            raise Unfit(f"{name} in its place", value)
+
+    return Kind("nothing", take)
+
+
 FIELDS = (
     Field("model", text(), None),
     Field("stream", flag, False),
@@ -94,6 +107,9 @@ CHAT = Table(
     Field("response_format", _FORMAT.kind, {}),
     Field("tools", many(TOOL.kind), ()),
     Field("tool_choice", either(one_of("auto", "none", "required"), _NAMED.kind), "auto"),
+    Field("functions", instead("tools"), None),
+    Field("function_call", instead("tool_choice"), None),
+    Field("modalities", many(one_of("text")), ()),
     Field("reasoning_effort", text(), None),
     Field("chat_template_kwargs", _object, {}),
     open=True,
@@ -108,10 +124,12 @@ def _prompts(value: Any) -> tuple[Any, ...]:
 
 
 COMPLETIONS = Table(
-    *FIELDS,
+    *(field for field in FIELDS if field.name != "max_tokens"),
+    Field("max_tokens", integer(least=0, most=1 << 40), None),  # 0: the prompt is echoed, and that is all
     Field("prompt", Kind("text, ids, or a list of either", _prompts)),
     Field("suffix", text(), None),
     Field("echo", flag, False),
+    Field("best_of", integer(least=1, most=32), None),
     Field("logprobs", integer(least=0, most=MOST_LOGPROBS), None),
     open=True,
 )
@@ -167,17 +185,22 @@ def completion(body: Any) -> tuple[Json, Json, Order]:
     asked = read(COMPLETIONS, body)
     options = _options(asked, body)
     if asked["logprobs"] is not None:
-        if asked["echo"]:
-            raise Refused("echo with logprobs is not served yet: mlx_diffgemma.score gives them.", param="echo")
         options["logprobs"] = asked["logprobs"] or True
-    prompts = asked["prompt"]
+    if (best_of := asked["best_of"] or 1) > 1:
+        if asked["n"] > 1:
+            raise Refused("best_of chooses one answer: it goes with n 1.", param="best_of")
+        options["best_of"] = best_of
+    prompts, only_echo = asked["prompt"], asked["max_tokens"] == 0
+    if only_echo and not asked["echo"]:
+        raise Refused("max_tokens 0 would do nothing without echo: true.", param="max_tokens")
     of: Continuations | Gap
     if asked["suffix"]:
         if len(prompts) > 1 or not isinstance(prompts[0], str) or asked["n"] > 1 or asked["echo"]:
             raise Refused("suffix goes with one prompt of text, n 1 and no echo.", param="suffix")
         of = Gap(prefix=prompts[0], suffix=asked["suffix"])
     else:
-        of = Continuations(prompts=tuple(p if isinstance(p, str) else list(p) for p in prompts), echo=asked["echo"])
+        each = tuple(p if isinstance(p, str) else list(p) for p in prompts)
+        of = Continuations(prompts=each, echo=asked["echo"], only_echo=only_echo)
     order = Order(of=of, **_common(asked, options))
     _check(asked, order)
     return asked, body, order
@@ -199,7 +222,7 @@ def _options(asked: Json, body: Json) -> GenerationOptions:
     own = asked["diffusion"]
     decoding: Decoding = own.get("decoding") or "diffusion"
     given = {
-        "max_tokens": asked.get("max_completion_tokens") or asked["max_tokens"],
+        "max_tokens": asked.get("max_completion_tokens") or asked["max_tokens"] or None,
         "temperature": asked["temperature"],
         "max_denoising_steps": own.get("steps"),
         "canvas_length": own.get("canvas"),
@@ -224,9 +247,10 @@ def _check(asked: Json, order: Order) -> None:
     if order.drafts and (not asked["stream"] or autoregressive):
         lacking = "stream: true" if not asked["stream"] else "a canvas: decoding is autoregressive"
         raise Refused(f"{own} would do nothing without {lacking}.", param=own)
-    if asked["stream"] and order.options.get("retries"):
-        message = "retries chooses among whole answers, which cannot be streamed: leave it or stream out."
-        raise Refused(message, param="diffusion.retries")
+    for name, least, param in (("retries", 0, "diffusion.retries"), ("best_of", 1, "best_of")):
+        if asked["stream"] and order.options.get(name, least) > least:
+            message = f"{name} chooses among whole answers, which cannot be streamed: leave it or stream out."
+            raise Refused(message, param=param)
 
 
 def _messages(given: Sequence[Json]) -> list[Json]:
@@ -374,6 +398,7 @@ class _Translation(ABC):
     def report(self, ended: Ended) -> Json:
         """What is our own in an answer."""
         unread = [call for answer in ended.answers for call in answer.unread_calls]
+        seen = [asdict(picture) for picture in ended.pictures]
         return {
             "canvases": sum(answer.canvases for answer in ended.answers),
             "steps": sum(answer.steps for answer in ended.answers),
@@ -383,6 +408,7 @@ class _Translation(ABC):
             "timings": {f"{name}_seconds": round(value, 4) for name, value in ended.seconds.items()},
             "ignored": self.ignored,
             **({"unread_tool_calls": unread} if unread else {}),
+            **({"pictures": seen} if seen else {}),
         }
 
 
@@ -460,11 +486,7 @@ class Completion(_Translation):
         self.offsets: dict[int, int] = {}  # characters told of each row
 
     def chunks(self, news: News) -> Iterator[Json]:
-        if isinstance(news, Accepted):
-            for row in range(len(news.seeds)):
-                if prompt := self._echo(row):
-                    yield {"choices": [self._text(row, prompt)]}
-        elif isinstance(news, Drafted):
+        if isinstance(news, Drafted):
             counted = {"block": news.block, "step": news.step, "total": news.steps, "text": news.text}
             told = {"accepted": news.accepted, "mean_entropy": news.mean_entropy, "settled": news.settled}
             yield {"choices": [self._text(news.row, "")], "type": "diffusion_frame", **counted, "diffusion": told}
@@ -480,11 +502,7 @@ class Completion(_Translation):
     def choice(self, index: int, answer: Answer) -> Json:
         reason = "length" if answer.reason == "length" else "stop"
         scores = None if answer.logprobs is None else self._scores(index, answer.logprobs)
-        return self._text(index, self._echo(index) + answer.text, reason, scores)
-
-    def _echo(self, row: int) -> str:
-        prompts = self.accepted.prompts
-        return prompts[row // self.order.copies] if prompts else ""
+        return self._text(index, answer.text, reason, scores)
 
     def _text(self, row: int, said: str, reason: str | None = None, scores: Json | None = None) -> Json:
         return {"index": row, "text": said, "finish_reason": reason, "logprobs": scores}
@@ -499,9 +517,16 @@ class Completion(_Translation):
         return {
             "tokens": [score.token for score in found],
             "token_logprobs": [score.logprob for score in found],
-            "top_logprobs": [{token: value for token, _, value in score.top} or None for score in found],
+            "top_logprobs": [_likeliest(score) for score in found],
             "text_offset": offsets,
         }
+
+
+def _likeliest(score: Logprob) -> Json | None:
+    """The likeliest tokens by name; with them the token itself, by the very number that it has beside them."""
+    if not score.top or score.logprob is None:
+        return None
+    return {token: value for token, _, value in score.top} | {score.token: score.logprob}
 
 
 def _sse(data: Json) -> str:

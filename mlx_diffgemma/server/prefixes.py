@@ -1,9 +1,20 @@
 """Prefixes of earlier requests, encoded: a request that begins with one of them forks it and encodes only the rest."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..model.cache import PrefixCache
+from ..model.network import Network
+
+Key = tuple[int | str, ...]  # a prompt's ids, and what its pictures show
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A prefix, and the network that encoded it: another one cannot go on from it."""
+
+    network: Network
+    cache: PrefixCache
 
 
 class Prefixes:
@@ -11,7 +22,7 @@ class Prefixes:
 
     def __init__(self, most_bytes: int):
         self.most_bytes = most_bytes
-        self._kept: OrderedDict[tuple[int, ...], PrefixCache] = OrderedDict()
+        self._kept: OrderedDict[Key, Kept] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -19,24 +30,27 @@ class Prefixes:
     @property
     def nbytes(self) -> int:
         """Bytes of all, free room in their buffers included."""
-        buffers = (array for cache in self._kept.values() for array in cache.state)
+        buffers = (array for kept in self._kept.values() for array in kept.cache.state)
         return sum({id(array): array.nbytes for array in buffers}.values())
 
-    def longest(self, ids: Sequence[int]) -> PrefixCache | None:
-        """A fork of the longest one that the ids go on from, if there is one."""
-        whole = tuple(ids)
-        fitting = [known for known in self._kept if len(known) < len(whole) and whole[: len(known)] == known]
+    def longest(self, key: Key, network: Network) -> PrefixCache | None:
+        """A fork of the longest one that the prompt goes on from, if there is one."""
+        fitting = [
+            known
+            for known, kept in self._kept.items()
+            if kept.network is network and len(known) < len(key) and key[: len(known)] == known
+        ]
         if not fitting:
             return None
         best = max(fitting, key=len)
         self._kept.move_to_end(best)
-        return self._kept[best].fork()
+        return self._kept[best].cache.fork()
 
-    def keep(self, ids: Sequence[int], cache: PrefixCache) -> None:
-        """Remember that `cache` holds these ids."""
+    def keep(self, key: Key, network: Network, cache: PrefixCache) -> None:
+        """Remember that `cache` holds this much of a prompt."""
         if self.most_bytes:
-            self._kept[tuple(ids)] = cache.fork()
-            self._kept.move_to_end(tuple(ids))
+            self._kept[key] = Kept(network=network, cache=cache.fork())
+            self._kept.move_to_end(key)
             self.shrink(self.most_bytes)
 
     def shrink(self, most_bytes: int) -> None:

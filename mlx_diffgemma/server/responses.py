@@ -24,6 +24,9 @@ RESPONSES = Table(
     Field("input", either(text(empty=False), many(_object, least=1))),
     Field("instructions", text(), None),
     Field("previous_response_id", text(empty=False), None),
+    Field("conversation", openai.instead("previous_response_id"), None),
+    Field("prompt", openai.instead("input"), None),
+    Field("background", one_of(False), False),
     Field("store", flag, True),
     Field("stream", flag, False),
     Field("max_output_tokens", integer(least=1, most=1 << 40), None),
@@ -266,7 +269,7 @@ class Responses:
         cut = answer.reason == "length"
         usage = {
             "input_tokens": told["prompt_tokens"],
-            "input_tokens_details": told["prompt_tokens_details"],
+            "input_tokens_details": told["prompt_tokens_details"] | {"cache_write_tokens": 0},
             "output_tokens": told["completion_tokens"],
             "output_tokens_details": told["completion_tokens_details"],
             "total_tokens": told["total_tokens"],

@@ -19,6 +19,7 @@ import mlx.core as mx
 from ..errors import DiffGemmaError, PeerError
 from ..model import threads
 from ..pipeline.model import DiffusionGemma
+from ..text.images import PictureConfig
 from .answering import Answering, Beat, TooLong, free_bytes
 from .deciding import Deciding
 from .exchange import Decisions, Ended, Failed, Full, News, Order, Served
@@ -138,6 +139,7 @@ class Scheduler:
                 "context": self.model.config.max_position_embeddings,
                 "tools": reads("tools"),
                 "thinking": reads("enable_thinking"),
+                "pictures": _pictures(self.model),
             }
             self._free = free_bytes(self.model)
             self.prefixes = Prefixes(self._free // 4 if self._cache_bytes is None else self._cache_bytes)
@@ -267,6 +269,15 @@ class Scheduler:
         job.answering = job.beats = None
         if last is not None:
             job.hear(last)
+
+
+def _pictures(model: DiffusionGemma) -> PictureConfig | None:
+    """How the model wants pictures, if it has eyes."""
+    try:
+        return model.seeing.pictures
+    except DiffGemmaError as error:
+        log.debug("no pictures: %s", error)
+        return None
 
 
 def _line(job: Job, last: News | None) -> str:

@@ -52,14 +52,14 @@ def encode(
     ids = encode(pieces[0])
     for number, piece in enumerate(pieces[1:], 1):
         if piece:
-            spelt = _behind(piece, plainly if number % 2 else encode, newline)
+            spelt = behind(piece, plainly if number % 2 else encode, newline)
             if number % 2 and id_of(piece) in spelt:
                 raise TokenizerError(f"the control token {piece!r} cannot be made plain: ordinary text spells it, too.")
             ids += spelt
     return ids
 
 
-def _behind(piece: str, encode: Encode, newline: list[int]) -> list[int]:
+def behind(piece: str, encode: Encode, newline: list[int]) -> list[int]:
     """As inside a text: some tokenizers put a blank in front of a first word."""
     ids = encode("\n" + piece)
     return ids[len(newline) :] if ids[: len(newline)] == newline else encode(piece)

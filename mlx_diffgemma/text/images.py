@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,21 @@ class PictureConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Seen:
+    """To what a picture was scaled."""
+
+    name: str
+    original: tuple[int, int]  # width, height, upright
+    size: tuple[int, int]  # width, height as the tower sees it
+    tokens: int  # soft tokens
+    budget: int
+
+    def __str__(self) -> str:
+        (w, h), (wide, high) = self.original, self.size
+        return f"{self.name}: {w} × {h} → {wide} × {high}, {self.tokens} tokens of {self.budget}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Picture:
     """A picture scaled for the tower. Two with one `key` give the same soft tokens."""
 
@@ -52,6 +67,7 @@ class Picture:
     budget: int
     config: PictureConfig
     draw: Callable[[], np.ndarray] = field(compare=False, repr=False)  # → pixels, uint8 [height, width, 3]
+    source: str | None = field(default=None, compare=False, repr=False)  # the path or URL that it was opened from
 
     @property
     def tokens(self) -> int:
@@ -69,9 +85,12 @@ class Picture:
         squares = self.draw().reshape(height // p, p, width // p, p, 3).swapaxes(1, 2)
         return _LEVELS[squares].reshape(-1, 3 * p * p)
 
+    @property
+    def seen(self) -> Seen:
+        return Seen(name=self.name, original=self.original, size=self.size, tokens=self.tokens, budget=self.budget)
+
     def __str__(self) -> str:
-        (w, h), (wide, high) = self.original, self.size
-        return f"{self.name}: {w} × {h} → {wide} × {high}, {self.tokens} tokens of {self.budget}"
+        return str(self.seen)
 
 
 _LEVELS = (np.arange(256) * (1 / 255)).astype(np.float32)  # rounded once, as the reference does
@@ -89,7 +108,8 @@ def open_picture(
         return source
     tokens = budget_of(budget, config.budget)
     name, picture = _decode(source, access)
-    return scaled(name, picture, config, tokens)
+    written = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+    return replace(scaled(name, picture, config, tokens), source=written)
 
 
 def budget_of(asked: int | str | None, default: int) -> int:
@@ -146,7 +166,7 @@ def from_pixels(
 
     Errors: PromptError for any other array.
     """
-    return scaled(name, _from_array(pixels), config, budget, size)
+    return scaled(name, _from_array(pixels, name), config, budget, size)
 
 
 def _decode(source: Source, access: Access) -> tuple[str, "Image"]:
@@ -171,7 +191,7 @@ def _decode(source: Source, access: Access) -> tuple[str, "Image"]:
     return name, _guarded(name, lambda: rgb(_open(name, data)))
 
 
-def _from_array(array: np.ndarray) -> "Image":
+def _from_array(array: np.ndarray, name: str = "array") -> "Image":
     from PIL import Image
 
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
@@ -180,7 +200,7 @@ def _from_array(array: np.ndarray) -> "Image":
             f"a picture's array is {array.dtype} {list(array.shape)}; expected uint8 [height, width, 3], at least one"
             f" pixel.{hint}"
         )
-    _check_pixels("array", array.shape[1], array.shape[0])
+    check_pixels(name, array.shape[1], array.shape[0])
     return Image.fromarray(np.ascontiguousarray(array), "RGB")
 
 
@@ -192,7 +212,7 @@ def _open(name: str, data: bytes) -> "Image":
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow's: about sizes, which are checked here, and odd metadata
         picture = Image.open(BytesIO(data), formats=FORMATS)
-    _check_pixels(name, *picture.size)
+    check_pixels(name, *picture.size)
     return picture
 
 
@@ -204,11 +224,12 @@ def _open_heic(name: str, data: bytes) -> "Image":
             f"{name}: HEIC pictures need an extra: pip install 'mlx-diffgemma[heic]', or export it as JPEG."
         ) from None
     heif = pillow_heif.open_heif(BytesIO(data), convert_hdr_to_8bit=True)
-    _check_pixels(name, *heif.size)
+    check_pixels(name, *heif.size)
     return heif.to_pillow()
 
 
-def _check_pixels(name: str, width: int, height: int) -> None:
+def check_pixels(name: str, width: int, height: int) -> None:
+    """Errors: PromptError for more pixels than one picture may have."""
     if width * height > PIXELS:
         raise PromptError(f"{name}: {width:,} × {height:,} pixels are more than {PIXELS:,}; scale it down first.")
 

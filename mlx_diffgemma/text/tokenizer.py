@@ -11,7 +11,8 @@ from ..values import anything, mapping
 from . import control, template
 from .channels import CHANNEL, OPEN, TOOL_CALL, Markers, Parts, parse_calls
 from .dialects import FILE, Beside, read_beside, read_fast
-from .gate import Message, check_messages, check_text, check_tools
+from .gate import PICTURES, READS, Message, check_messages, check_text, check_tools
+from .placing import Frame, Span
 from .vocabularies import FastVocabulary, SentencePieceVocabulary, Vocabulary
 
 
@@ -118,13 +119,44 @@ class Tokenizer:
         sanitize_control_tokens: bool = False,
     ) -> list[int]:
         """`render`, then `encode`; with `sanitize_control_tokens` the control tokens in messages and tools are text."""
-        if not sanitize_control_tokens:
-            return self.vocabulary.encode(self._render(messages, enable_thinking, tools, template_options, ()))
-        added = self.vocabulary.added()
-        tokens = control.control_tokens(added, self.beside.control, template.literals(*self.template(tools)))
-        text = self._render(messages, enable_thinking, tools, template_options, tokens)
+        marked = self._control_tokens(tools) if sanitize_control_tokens else ()
+        text = self._render(messages, enable_thinking, tools, template_options, marked)
+        return self._plainly(text) if sanitize_control_tokens else self.vocabulary.encode(text)
+
+    def place(
+        self,
+        messages: list[Message],
+        frame: Frame,
+        tokens: Sequence[int],
+        *,
+        enable_thinking: bool | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        template_options: dict[str, Any] | None = None,
+        sanitize_control_tokens: bool = False,
+    ) -> tuple[list[int], list[Span]]:
+        """`apply_chat_template` of messages with parts {"type": "image"} that stand for pictures of so many soft
+        `tokens` each; and which ids those are. Errors: TokenizerError, also where the template does not write one
+        placeholder for each picture."""
+        marked = (*self._control_tokens(tools), frame.placeholder) if sanitize_control_tokens else ()
+        text = self._render(messages, enable_thinking, tools, template_options, marked, PICTURES)
+        if (found := frame.count(text)) != len(tokens):
+            raise TokenizerError(
+                f"{self.template(tools)[1]} writes {found} placeholders {frame.placeholder} for {len(tokens)} pictures."
+                "\nPut them into messages of the user; or take the chat template of the original checkpoint."
+            )
+        encode = self._plainly if sanitize_control_tokens else self.vocabulary.encode
+        return frame.encoded(text, tokens, encode, lambda i: self.piece(i) if i < self.vocab_size else "")
+
+    def _control_tokens(self, tools: list[dict[str, Any]] | None) -> tuple[str, ...]:
+        literals = template.literals(*self.template(tools))
+        return control.control_tokens(self.vocabulary.added(), self.beside.control, literals)
+
+    def _plainly(self, text: str) -> list[int]:
+        """Encode a conversation whose control tokens are marked."""
         words = self.vocabulary
-        return control.encode(text, [token for token, _ in added], words.encode, words.encode_plainly, words.id_of)
+        return control.encode(
+            text, [token for token, _ in words.added()], words.encode, words.encode_plainly, words.id_of
+        )
 
     def _render(
         self,
@@ -133,8 +165,9 @@ class Tokenizer:
         tools: list[dict[str, Any]] | None,
         template_options: dict[str, Any] | None,
         marked: tuple[str, ...],
+        reads: frozenset[str] = READS,
     ) -> str:
-        messages = check_messages(messages, fault=TokenizerError)
+        messages = check_messages(messages, reads=reads, fault=TokenizerError)
         tools = check_tools(tools, fault=TokenizerError)
         variables: dict[str, Any] = {"bos_token": "<bos>", **self.beside.texts, "add_generation_prompt": True}
         if enable_thinking is not None:

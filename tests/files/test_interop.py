@@ -290,7 +290,8 @@ def test_frequencies_that_an_older_export_wrote_down_are_ignored(source: Path, p
 
 # ------------------------------------------------------------------------------------------------------ config keys
 
-OWN = {"model_type", "image_token_id"}  # have a meaning at the top, and values of their own
+OWN = {"model_type", "image_token_id", "boi_token_id", "eoi_token_id"}  # have a meaning at the top, and values of
+OWN |= {"vision_soft_tokens_per_image"}  # their own
 
 
 @pytest.mark.parametrize("where", ["", "text_config."])

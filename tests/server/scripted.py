@@ -1,5 +1,6 @@
 """A model that says what it is told to, and a chat template that knows tools and thoughts."""
 
+import json
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -49,22 +50,37 @@ WEATHER = {
         },
     },
 }
-CALL = '<|tool_call>call:weather{city:<|"|>Rome<|"|>,days:3}<tool_call|>'
+
+
+def call(name: str, **arguments: Any) -> str:
+    """A call of a tool, as the model writes it."""
+    spelled = (f'{k}:<|"|>{v}<|"|>' if isinstance(v, str) else f"{k}:{json.dumps(v)}" for k, v in arguments.items())
+    return f"<|tool_call>call:{name}{{{','.join(spelled)}}}<tool_call|>"
+
+
+CALL = call("weather", city="Rome", days=3)
 CONFIG = small.CONFIG | {"text_config": small.CONFIG["text_config"] | {"max_position_embeddings": 16_384}}
 WEIGHTS = {"seed": 0, "branches": 0.1, "sharpness": 10.0}
+LONG = 262_144  # tokens
 SURE = 3.0  # how far the script stands out of what else could be said
 
 
 class Scripted:
-    """A model whose canvases say a text, whatever it was asked: its hidden states are the embeddings of the script."""
+    """A model whose canvases say a text, whatever it was asked: its hidden states are the embeddings of the script.
 
-    def __init__(self, folder: Path):
-        self.folder, self.script = folder, ""
+    A `blind` one does not read either: its prefix has the right length and holds zeros, so that the long prompts of
+    agents cost nothing.
+    """
+
+    def __init__(self, folder: Path, *, blind: bool = False):
+        self.folder, self.script, self.blind = folder, "", blind
 
     def __call__(self) -> DiffusionGemma:
         small.write_tokenizer(self.folder)
         (self.folder / "chat_template.jinja").write_text(TEMPLATE)
-        network, tokenizer = small_network(config=CONFIG, weights=WEIGHTS), Tokenizer.load(self.folder)
+        config = CONFIG | {"text_config": CONFIG["text_config"] | {"max_position_embeddings": LONG}}
+        network = small_network(config=config if self.blind else CONFIG, weights=WEIGHTS)
+        tokenizer = Tokenizer.load(self.folder)
         settings = GenerationConfig(max_denoising_steps=4, stop_ids=(small.EOS, small.TURN_END))
         table, starts = network.decoder.embed_tokens.weight, WeakKeyDictionary[Any, int]()
 
@@ -75,4 +91,19 @@ class Scripted:
             return mx.broadcast_to(hidden, (canvas.shape[0], *hidden.shape))
 
         network.denoise = denoise  # type: ignore[method-assign]
+        if self.blind:
+            network.encode = advance  # type: ignore[method-assign]
         return DiffusionGemma(network, tokenizer, settings, folder=self.folder)
+
+
+def advance(inputs: mx.array, cache: Any, *_: Any) -> mx.array:
+    """As Network.encode, with zeros for keys, values and hidden states."""
+    batch, count = inputs.shape
+    config = CONFIG["text_config"]
+    for layer, kind in zip(cache.layers, config["layer_types"], strict=True):
+        sliding = kind == "sliding_attention"
+        heads = config["num_key_value_heads" if sliding else "num_global_key_value_heads"]
+        zeros = mx.zeros((batch, heads, count, config["head_dim" if sliding else "global_head_dim"]))
+        layer.append(zeros, zeros)
+    cache.advance(count)
+    return mx.zeros((batch, count, config["hidden_size"]))

@@ -12,11 +12,14 @@ from typing import Any
 
 import httpx
 import uvicorn
+from starlette.types import ASGIApp
 
 from mlx_diffgemma.pipeline.model import DiffusionGemma
 from mlx_diffgemma.server.app import app
 from mlx_diffgemma.server.guard import Rules
+from mlx_diffgemma.server.pictures import HERE
 from mlx_diffgemma.server.scheduler import Scheduler
+from mlx_diffgemma.text.sources import Access
 from tests import small
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -44,11 +47,20 @@ class Running:
 
 
 @contextmanager
-def serving(load: Callable[[], DiffusionGemma], *, rules: Rules | None = None, **options: Any) -> Iterator[Running]:
+def serving(
+    load: Callable[[], DiffusionGemma],
+    *,
+    rules: Rules | None = None,
+    access: Access = HERE,
+    behind: Callable[[ASGIApp], ASGIApp] = lambda inside: inside,
+    **options: Any,
+) -> Iterator[Running]:
+    """`behind` is put in front of the application."""
     scheduler = Scheduler(load, **options)
     scheduler.start()
     served = scheduler.served("small")
-    config = uvicorn.Config(app(scheduler, served, rules), log_level="error", lifespan="off", ws="none")
+    inside = app(scheduler, served, rules, access)
+    config = uvicorn.Config(behind(inside), log_level="error", lifespan="off", ws="none")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))

@@ -1,0 +1,116 @@
+"""What prompts with pictures need besides text: eyes, the ids around pictures, and soft tokens remembered."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from ..errors import ConfigError, PromptError
+from ..files.eyes import open_eyes
+from ..model.blocks import Block
+from ..model.network import Network, leaves
+from ..model.vision import Eyes, looking_bytes
+from ..model.vision_config import VisionConfig
+from ..text.images import Picture, PictureConfig
+from ..text.placing import Frame
+from ..text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .model import DiffusionGemma
+    from .prompts import Placed
+
+REMEMBERED = 256_000_000  # bytes of soft tokens; a picture of 1,120 of the released model's has 6 million
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """What a model reads prompts with pictures by. `network` encodes and answers them, `tokenizer` writes them: the
+    model's own, unless its eyes came with others."""
+
+    network: Network
+    tokenizer: Tokenizer
+    eyes: Eyes  # read from the disk at the first look
+    frame: Frame
+    looks: "Looks" = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "looks", Looks(self.eyes))
+
+    @property
+    def config(self) -> VisionConfig:
+        return self.eyes.vision_tower.config
+
+    @property
+    def pictures(self) -> PictureConfig:
+        """How pictures are scaled."""
+        config = self.config
+        return PictureConfig(
+            patch_size=config.patch_size, pooling=config.pooling_kernel_size, budget=config.soft_tokens
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Of the eyes' weights."""
+        return sum(array.nbytes for array in leaves(self.eyes.parameters()).values())
+
+    def check(self, pictures: Sequence[Picture]) -> None:
+        """Errors: PromptError for one with more patches to a side than the tower has places for."""
+        for picture in pictures:
+            most = max(picture.size) // self.config.patch_size
+            if most > (places := self.config.position_embedding_size):
+                raise PromptError(f"{picture.name}: {most} patches to a side; this model's eyes know {places} places.")
+
+    def blocks(self, pictures: "Sequence[Placed]") -> list[Block]:
+        """As the engine takes them: nobody looks before they are needed."""
+        return [
+            Block(start=placed.start, stop=placed.stop, features=lambda picture=placed.picture: self.looks.at(picture))
+            for placed in pictures
+        ]
+
+    def needed(self, pictures: "Sequence[Placed]") -> int:
+        """Bytes of the eyes, and to look at the largest of these pictures."""
+        patches = [placed.picture.tokens * self.config.pooling_kernel_size**2 for placed in pictures]
+        return self.nbytes + looking_bytes(self.config, max(patches, default=0))
+
+
+class Looks:
+    """Soft tokens of the pictures that were looked at lately, by what these show, in at most so many bytes."""
+
+    def __init__(self, eyes: Eyes, most_bytes: int = REMEMBERED):
+        self.eyes, self.most_bytes = eyes, most_bytes
+        self.taken = 0  # looks, for those who count
+        self._kept: OrderedDict[str, mx.array] = OrderedDict()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tokens.nbytes for tokens in self._kept.values())
+
+    def at(self, picture: Picture) -> mx.array:
+        """A picture's soft tokens [n, H]."""
+        if picture.key not in self._kept:
+            self.taken += 1
+            self._kept[picture.key] = self.eyes.see(mx.array(picture.patches()), picture.columns)
+        self._kept.move_to_end(picture.key)
+        tokens = self._kept[picture.key]
+        while self.nbytes > self.most_bytes and self._kept:
+            self._kept.popitem(last=False)
+        return tokens
+
+
+def own_sight(model: "DiffusionGemma", *, ignore_keys: tuple[str, ...] = ()) -> Sight:
+    """With the eyes in the model's own folder. Errors: ConfigError where there are none, or config.json does not say
+    how pictures stand in a prompt."""
+    if model.folder is None:
+        raise ConfigError("this model was made without a folder, so it has no eyes: load one that has a vision tower.")
+    eyes, config = open_eyes(model.folder, model.config, ignore_keys=ignore_keys), model.config
+    begin, image, end = config.boi_token_id, config.image_token_id, config.eoi_token_id
+    if begin is None or image is None or end is None:
+        raise ConfigError(
+            "config.json lacks one of boi_token_id, image_token_id, eoi_token_id: pictures have no place in this"
+            " model's prompts.\nCopy them from the checkpoint that it was made of."
+        )
+    placeholder = model.tokenizer.beside.texts.get("image_token") or Frame.placeholder
+    frame = Frame(begin=begin, image=image, end=end, placeholder=placeholder)
+    return Sight(network=model.network, tokenizer=model.tokenizer, eyes=eyes, frame=frame)

@@ -1,0 +1,131 @@
+"""Ids of prompts with pictures: those of transformers' processor, and none that a user's text can move."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
+
+from mlx_diffgemma.errors import TokenizerError
+from mlx_diffgemma.text.images import PictureConfig, open_picture
+from mlx_diffgemma.text.parts import opened, taken_out
+from mlx_diffgemma.text.placing import Frame
+from mlx_diffgemma.text.tokenizer import Tokenizer
+from tests import seeing, small
+from tests.seeing import BOI, BUDGET, EOI, IMAGE, picture
+
+FRAME = Frame(begin=BOI, image=IMAGE, end=EOI)
+PICTURES = PictureConfig(patch_size=4, pooling=3, budget=BUDGET)
+
+
+class Processor(Gemma4Processor):
+    """transformers' own, without the parts for sounds and videos, which need other libraries."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        return object
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    seeing.write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.load(folder)
+
+
+@pytest.fixture(scope="module")
+def processor(folder: Path) -> Processor:
+    theirs = AutoTokenizer.from_pretrained(folder)
+    images = Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=BUDGET, pooling_kernel_size=3)
+    made = Processor(None, images, theirs, None, chat_template=seeing.TEMPLATE)
+    made.boa_token = made.eoa_token = "<none>"
+    return made
+
+
+def place(tokenizer: Tokenizer, messages: Any, frame: Frame = FRAME, **options: Any) -> tuple[list[int], Any]:
+    bare, pictures = taken_out(opened(messages, PICTURES))
+    return tokenizer.place(bare, frame, [p.tokens for p in pictures], **options)
+
+
+def image(seed: int, width: int, height: int) -> dict[str, Any]:
+    return {"type": "image", "image": picture(seed, width, height)}
+
+
+def text(said: str) -> dict[str, Any]:
+    return {"type": "text", "text": said}
+
+
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "one, before the text": [{"role": "user", "content": [image(1, 30, 20), text(" What is it? ")]}],
+    "among texts": [{"role": "user", "content": [text("a "), image(1, 9, 90), text(" and "), image(2, 50, 50)]}],
+    "side by side": [{"role": "user", "content": [image(1, 31, 7), image(2, 7, 31), text("Compare.")]}],
+    "nothing but one": [{"role": "user", "content": [image(3, 64, 64)]}],
+    "in any turn": [
+        {"role": "user", "content": [image(1, 20, 20), text("One.")]},
+        {"role": "assistant", "content": "Seen <turn|>"},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": [text("Well "), image(4, 11, 40)]},
+        {"role": "user", "content": [text("naïve 東京 🙂\n\n"), image(5, 100, 3), text("\n")]},
+    ],
+}
+
+
+@pytest.mark.parametrize("sanitize", [False, True])
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_ids_are_the_processors(name: str, sanitize: bool, tokenizer: Tokenizer, processor: Processor) -> None:
+    messages = CONVERSATIONS[name]
+    right = processor.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=True, sanitize_control_tokens=sanitize
+    )
+    ids, spans = place(tokenizer, messages, sanitize_control_tokens=sanitize)
+    assert ids == right["input_ids"][0]
+    soft = [i for start, stop in spans for i in range(start, stop)]
+    assert soft == [i for i, kind in enumerate(right["mm_token_type_ids"][0]) if kind == 1]
+    assert all(ids[start - 1] == BOI and ids[stop] == EOI for start, stop in spans)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.sampled_from(["a", " ", "\n", "<turn|>", "é", "<|im", "age|>", "<|", "x y", None]), max_size=12))
+def test_around_or_in_one_piece_is_the_same(tokenizer: Tokenizer, pieces: list[str | None]) -> None:
+    """A tokenizer without the tokens: ids are put in by hand, and the text around them is encoded as always."""
+    content = [image(1, 20, 20) if piece is None else text(piece) for piece in pieces]
+    messages = [{"role": "user", "content": content}]
+    own = [open_picture(part["image"], PICTURES).tokens for part in content if part["type"] == "image"]
+    written = tokenizer.render(taken_out(opened(messages, PICTURES))[0]) if not own else None
+    try:
+        ids, spans = place(tokenizer, messages)
+    except TokenizerError as error:
+        assert "placeholders" in str(error) and "<|image|>" in "".join(p or "" for p in pieces)
+        return
+    if written is not None:
+        assert ids == tokenizer.encode(written)
+    foreign = Frame(begin=small.FIRST_BYTE, image=small.FIRST_BYTE + 1, end=small.FIRST_BYTE + 2)
+    names = {BOI: foreign.begin, IMAGE: foreign.image, EOI: foreign.end}
+    assert place(tokenizer, messages, foreign) == ([names.get(i, i) for i in ids], spans)
+
+
+def test_a_users_placeholder_stays_text(tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": [text("<|image|> is"), image(1, 20, 20), text("<|image|>?")]}]
+    ids, [(start, stop)] = place(tokenizer, messages, sanitize_control_tokens=True)
+    assert ids.count(IMAGE) == stop - start
+    assert tokenizer.decode(ids[:start]).endswith("<|image|> is") and tokenizer.decode(ids[stop:]).startswith("<|image")
+    foreign = Frame(begin=small.FIRST_BYTE, image=small.FIRST_BYTE + 1, end=small.FIRST_BYTE + 2)
+    again, _ = place(tokenizer, messages, foreign, sanitize_control_tokens=True)
+    assert len(again) == len(ids)
+    with pytest.raises(TokenizerError, match=r"writes 3 placeholders <\|image\|> for 1 pictures"):
+        place(tokenizer, messages)
+
+
+def test_a_template_that_knows_no_pictures_is_named(tmp_path: Path) -> None:
+    seeing.write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}{% endfor %}")
+    with pytest.raises(TokenizerError, match=r"chat_template.jinja writes 0 placeholders <\|image\|> for 1 pictures"):
+        place(Tokenizer.load(tmp_path), [{"role": "user", "content": [image(1, 20, 20)]}])
