@@ -157,8 +157,7 @@ def chain_seconds(constraint: Constraint, hidden: mx.array, head: Head) -> float
 def times(made: dict[str, Constraint], raw: dict[str, Any], runs: int) -> list[list[Any]]:
     """Free and conditioned, the vocabulary pass and the step."""
     network = models.our_network(raw)
-    prompt = mx.random.randint(0, raw["text_config"]["vocab_size"], (1, 300), key=mx.random.key(3))
-    ours = step.Ours(network, prompt, [], commits=0)
+    ours = step.Ours(network, models.keys_and_values(network, 300), [], commits=0)
     path = ours.noise.path(0, step.STEP)
 
     def work(guide: Guide | None, *, whole: bool) -> Callable[[], None]:

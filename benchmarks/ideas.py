@@ -129,8 +129,8 @@ def main() -> None:
     arguments = parser.parse_args()
     raw = models.config(arguments.hidden, arguments.layers, arguments.experts, arguments.vocabulary)
     network = models.our_network(raw)
-    prompt = mx.random.randint(0, arguments.vocabulary, (1, arguments.prefix), key=mx.random.key(2))
-    ours = step.Ours(network, prompt, models.keys_and_values(network, network.config.canvas_length), commits=8)
+    prefix, new = (models.keys_and_values(network, n) for n in (arguments.prefix, network.config.canvas_length))
+    ours = step.Ours(network, prefix, new, commits=8)
     found = {name: measure(work, WORKS[name], arguments.runs) for name, work in works(ours).items()}
     document = common.provenance() | {"config": raw, "prefix": arguments.prefix, "runs": arguments.runs, "works": found}
     print(table(document))

@@ -8,6 +8,7 @@ from mlx.utils import tree_flatten
 
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.generation.settings import GenerationConfig
+from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.network import Network
 
 if TYPE_CHECKING:  # each is imported by those who compare with it
@@ -107,6 +108,26 @@ def generation_config(settings: GenerationConfig) -> dict[str, Any]:
         "eos_token_id": list(settings.stop_ids),
         "pad_token_id": settings.pad_token_id,
     }
+
+
+def our_prefix(network: Network, prefix: Arrays, room: int) -> PrefixCache:
+    """Our cache that holds these keys and values, with room for so many positions more."""
+    cache, length = network.make_cache(), prefix[0][0].shape[2] if prefix else 0
+    cache.reserve(length + room)
+    for layer, (keys, values) in zip(cache.layers, prefix, strict=False):
+        layer.append(keys, values)
+    cache.advance(length)
+    mx.eval(cache.state)
+    return cache
+
+
+def peer_prefix(model: Any, prefix: Arrays) -> list[Any]:
+    """mlx-vlm's or mlx-lm's caches that hold these keys and values."""
+    caches = model.make_cache()
+    for cache, (keys, values) in zip(caches, prefix, strict=False):
+        cache.update_and_fetch(keys, values)
+    mx.eval([cache.state for cache in caches if prefix])
+    return caches
 
 
 def keys_and_values(network: Network, length: int) -> Arrays:

@@ -2,7 +2,8 @@
 
     python -m benchmarks.prefill [--length 1024 8192 32768] [--runs 3] [--out FILE]
 
-Real heads and window, hidden size and depth scaled down, float32, random weights, chunks of 2,048. The prefix before
+Real heads and window, hidden size and depth scaled down, float32, random weights, chunks of 2,048. Three layers: a
+sliding one, a full one, and a last one, of which a prefill needs the keys and values alone. The prefix before
 the last chunk is random keys and values, put into each side's cache: what a chunk costs depends on how long it is, not
 on what it says, and the last chunk of a prompt is where memory peaks. "memory" is what the chunk needs beyond weights
 and prefix.
@@ -17,31 +18,21 @@ import numpy as np
 from mlx_vlm.models.diffusion_gemma import Model as PeerModel
 
 from benchmarks import common
-from benchmarks.models import Arrays, config, keys_and_values, our_network, peer_model
+from benchmarks.models import Arrays, config, keys_and_values, our_network, our_prefix, peer_model, peer_prefix
 from mlx_diffgemma.model.network import Network
 
 CHUNK = 2048
 
 
-def ours(network: Network, prefix: Arrays, length: int, chunk: mx.array) -> tuple[float, int]:
-    """Our chunk behind a prefix of `length`; returns seconds, and bytes by which memory's peak rose."""
-    cache = network.make_cache()
-    cache.reserve(length + chunk.shape[1])
-    if length:
-        for layer, (keys, values) in zip(cache.layers, prefix, strict=True):
-            layer.append(keys, values)
-        cache.advance(length)
-    mx.eval(cache.state)
+def ours(network: Network, prefix: Arrays, chunk: mx.array) -> tuple[float, int]:
+    """Our chunk behind a prefix; returns seconds, and bytes by which memory's peak rose."""
+    cache = our_prefix(network, prefix, chunk.shape[1])
     return measured(lambda: (network.encode(chunk, cache), mx.eval(cache.state)))
 
 
-def theirs(model: PeerModel, prefix: Arrays, length: int, chunk: mx.array) -> tuple[float, int]:
+def theirs(model: PeerModel, prefix: Arrays, chunk: mx.array) -> tuple[float, int]:
     """mlx-vlm's chunk, as its chunked prefill runs it."""
-    caches = model.make_cache()
-    if length:
-        for cache, (keys, values) in zip(caches, prefix, strict=True):
-            cache.update_and_fetch(keys, values)
-    mx.eval([cache.state for cache in caches if length])
+    caches = peer_prefix(model, prefix)
 
     def run() -> None:
         model.model.encoder(chunk, attention_mask=None, cache=caches)
@@ -71,8 +62,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     raw = config(arguments.hidden, 6, 16)
-    raw["text_config"] |= {"vocab_size": arguments.vocabulary, "num_hidden_layers": 2}
-    raw["text_config"]["layer_types"] = ["sliding_attention", "full_attention"]
+    raw["text_config"] |= {"vocab_size": arguments.vocabulary, "num_hidden_layers": 3}
+    raw["text_config"]["layer_types"] = ["sliding_attention", "full_attention", "full_attention"]
     network = our_network(raw)
     model = peer_model(raw, network)
     document: dict[str, Any] = {**common.provenance(), "config": raw, "results": []}
@@ -83,8 +74,8 @@ def main() -> None:
         prefix = keys_and_values(network, length - size) if length > size else []
         sides: dict[str, list[tuple[float, int]]] = {"ours": [], "mlx-vlm": []}
         for _ in range(arguments.runs):
-            sides["ours"].append(ours(network, prefix, length - size, chunk))
-            sides["mlx-vlm"].append(theirs(model, prefix, length - size, chunk))
+            sides["ours"].append(ours(network, prefix, chunk))
+            sides["mlx-vlm"].append(theirs(model, prefix, chunk))
         result: dict[str, Any] = {"length": length}
         for what, column, scale, unit in (("seconds", 0, 1.0, "s"), ("memory", 1, 1e-6, "MB")):
             medians = {side: float(np.median([run[column] for run in runs])) for side, runs in sides.items()}

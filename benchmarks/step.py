@@ -4,8 +4,9 @@
     python -m benchmarks.step --transformers --out benchmarks/results/step.json
 
 Real vocabulary (262,144), canvas (256), window (1,024) and heads; hidden size and depth are scaled down so that a step
-fits a CPU. float32, random weights. mlx-vlm runs its faithful setting: entropy-bound sampler, temperature 1, full
-canvas. Its step is spelled out here with its own functions, in the order of its loop; transformers' is its own
+fits a CPU. float32, random weights. The prefix is random keys and values, put into each side's cache: what a step costs
+depends on how long it is, not on what it says. mlx-vlm runs its faithful setting: entropy-bound sampler, temperature 1,
+full canvas. Its step is spelled out here with its own functions, in the order of its loop; transformers' is its own
 `_denoising_step`, in PyTorch on the CPU with a thread per core.
 
     forward     from canvas and signal to hidden states (transformers': without a signal, which it makes from logits)
@@ -21,6 +22,7 @@ weighs the ratios of forward and vocabulary by the share each has in a step of t
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,6 @@ from mlx_diffgemma.readers import read_json
 
 STEPS, STEP = 48, 10  # a step in the middle of the schedule
 SETTINGS = GenerationConfig()
-CHUNK = 2048  # tokens of the prompt read at a time
 PARTS = ("forward", "vocabulary", "cache", "step", "commit")  # commit last: it lengthens the prefix
 CHIPS = ("M3 Pro", "M2 Ultra", "M5 Max, 40 cores")
 PUBLISHED = {  # the forward's share of a step of the 26B model, as others measured it
@@ -57,14 +58,10 @@ PUBLISHED = {  # the forward's share of a step of the 26B model, as others measu
 class Ours:
     """Our step in the middle of a canvas."""
 
-    def __init__(self, network: Network, prompt: mx.array, new: Arrays, commits: int):
+    def __init__(self, network: Network, prefix: Arrays, new: Arrays, commits: int):
         """`new`: what the canvas adds to each layer's keys and values. There is room for so many commits."""
-        self.network, self.cache, self.new = network, network.make_cache(), new
         length, size = network.config.canvas_length, network.config.vocab_size
-        self.cache.reserve(prompt.shape[1] + commits * length)
-        for start in range(0, prompt.shape[1], CHUNK):
-            network.encode(prompt[:, start : start + CHUNK], self.cache)
-            mx.eval(self.cache.state)
+        self.network, self.cache, self.new = network, models.our_prefix(network, prefix, commits * length), new
         self.noise = SeededNoise([0], length=length, vocabulary=size)
         temperature = sampler.temperature(STEP, STEPS, t_min=0.4, t_max=0.8)
         self.shaping = vocabulary.Shaping(cap=30.0, temperature=temperature)
@@ -111,10 +108,9 @@ class Ours:
 class Theirs:
     """mlx-vlm's step (generate/diffusion.py, entropy-bound branch), with its functions in its order."""
 
-    def __init__(self, model: Any, prompt: mx.array, ours: Ours):
+    def __init__(self, model: Any, prefix: Arrays, ours: Ours):
         self.model, self.signal, self.canvas, self.new = model, ours.signal, ours.canvas, ours.new
-        self.cache = model.diffusion_prefill_cache(prompt, cache=None, prefill_step_size=CHUNK, chunk_prefill=True)
-        mx.eval([c.state for c in self.cache])
+        self.cache = models.peer_prefix(model, prefix)
         self.masks = model.diffusion_decoder_masks(self.canvas, self.cache, None)
         _, self.logits = peer_loop._make_diffusion_decoder_logits_fns(
             model, self.cache, self.masks, compile_graph=False
@@ -179,18 +175,18 @@ class Theirs:
 class Reference:
     """transformers' step: `DiffusionGemmaForBlockDiffusion._denoising_step`, float32."""
 
-    def __init__(self, model: Any, prompt: mx.array, canvas: mx.array):
+    def __init__(self, model: Any, prefix: Arrays, canvas: mx.array):
         import torch
         from transformers import DiffusionGemmaGenerationConfig, DynamicCache  # pyright: ignore
 
         from convert.record_reference import CACHE
 
         self.torch, self.model = torch, model
-        self.prompt, self.canvas = (torch.from_numpy(np.array(ids)).long() for ids in (prompt, canvas))
+        self.length, self.canvas = prefix[0][0].shape[2], torch.from_numpy(np.array(canvas)).long()
         self.prefix = {CACHE: DynamicCache(config=model.config.get_text_config())}
         with torch.inference_mode():
-            for start in range(0, prompt.shape[1], CHUNK):
-                model.model.encoder(input_ids=self.prompt[:, start : start + CHUNK], **self.prefix)
+            for number, arrays in enumerate(prefix):
+                self.prefix[CACHE].update(*(torch.from_numpy(np.array(array)) for array in arrays), number)
             shape = (1, canvas.shape[1], model.config.text_config.vocab_size)
             self.logits = 4 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
         settings = DiffusionGemmaGenerationConfig(**models.generation_config(SETTINGS))
@@ -207,13 +203,13 @@ class Reference:
             return decoder(decoder_input_ids=self.canvas, **self.prefix).last_hidden_state
 
     def step(self) -> None:
-        end = self.prompt.shape[1]
+        end = self.length
         with self.torch.inference_mode():
             self.model._denoising_step(
                 decoder_forward=self.model.forward,
                 current_canvas=self.canvas,
                 argmax_canvas=self.canvas,
-                input_ids=self.prompt,
+                input_ids=self.torch.zeros((1, end), dtype=self.torch.long),
                 decoder_position_ids=self.torch.arange(end, end + self.canvas.shape[1])[None],
                 self_conditioning_logits=self.logits,
                 mask_mapping={"full_attention": None, "sliding_attention": None},  # as it makes them without padding
@@ -257,13 +253,13 @@ def _status(key: str) -> int:
 
 def compare(network: Network, model: PeerModel, reference: Any, prefix: int, runs: int) -> dict[str, Any]:
     """All sides at one prefix length, part by part. `reference` is transformers' model, or None."""
-    prompt = mx.random.randint(0, network.config.vocab_size, (1, prefix), key=mx.random.key(2))
-    ours = Ours(network, prompt, models.keys_and_values(network, network.config.canvas_length), commits=runs + 2)
-    theirs = Theirs(model, prompt, ours)
+    arrays, new = (models.keys_and_values(network, length) for length in (prefix, network.config.canvas_length))
+    ours = Ours(network, arrays, new, commits=runs + 2)
+    theirs = Theirs(model, arrays, ours)
     sides: dict[str, Any] = {"ours": ours, "mlx-vlm": theirs}
     differences = {"mlx-vlm": mx.abs(ours.hidden - theirs.hidden).max().item()}
     if reference is not None:
-        sides["transformers"] = their = Reference(reference, prompt, ours.canvas)
+        sides["transformers"] = their = Reference(reference, arrays, ours.canvas)
         unsignalled = network.denoise(ours.canvas, ours.cache, None)
         differences["transformers"] = float(np.abs(np.array(unsignalled) - their.hidden.numpy()).max())
     works = {side: work.parts() for side, work in sides.items()}
@@ -345,7 +341,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(os.cpu_count() or 1)
         document["torch_threads"] = torch.get_num_threads()
         reference = models.reference_model(raw, network)
-    results = [compare(network, model, reference, prefix, options.runs) for prefix in options.prefix]
+    results = []
+    for prefix in options.prefix:
+        results.append(compare(network, model, reference, prefix, options.runs))
+        parts = results[-1]["parts"].items()
+        told = ", ".join(f"{name} {part['ratio']['mlx-vlm']['seconds']:.2f}" for name, part in parts)
+        print(f"behind {prefix}, ours ÷ mlx-vlm: {told}", file=sys.stderr, flush=True)
     sides = ["ours", "mlx-vlm", *(["transformers"] if options.transformers else [])]
     ratios = [f"{what} ÷ {side}" for side in sides[1:] for what in ("time", "memory")]
     header = ["prefix", "part", *sides, *(f"{side}, memory" for side in sides), *ratios]

@@ -85,11 +85,16 @@ class Speller(nn.Module):
         row, column = np.divmod(np.arange(4 * SIDE**2), 2 * SIDE)
         self.places = torch.from_numpy(np.stack([column, row], axis=-1))
 
+    def soft(self, patches: Tensor) -> Tensor:
+        """[B, 256, 192] → the soft tokens before a projection, [B, 64, C]."""
+        places = self.places.expand(len(patches), -1, -1)
+        return self.tower(pixel_values=patches, pixel_position_ids=places).last_hidden_state.unflatten(
+            0, (len(patches), -1)
+        )
+
     def forward(self, patches: Tensor) -> Tensor:
         """[B, 256, 192] → what each soft token says, [B, 64, alphabet]."""
-        places = self.places.expand(len(patches), -1, -1)
-        soft = self.tower(pixel_values=patches, pixel_position_ids=places).last_hidden_state
-        soft = soft.reshape(len(patches), SIDE**2, -1)
+        soft = self.soft(patches)
         return self.head(nn.functional.rms_norm(soft, soft.shape[-1:], eps=1e-6))  # as the projection norms them
 
 

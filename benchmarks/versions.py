@@ -69,8 +69,10 @@ def part(work):
 works = {}
 network = models.our_network(models.config(hidden, layers, 16))
 for prefix in prefixes:
-    prompt = mx.random.randint(0, 262_144, (1, prefix), key=mx.random.key(2))
-    ours = step.Ours(network, prompt, models.keys_and_values(network, 256), commits=2)
+    behind = mx.random.randint(0, 262_144, (1, prefix), key=mx.random.key(2))
+    if hasattr(models, "our_prefix"):  # before, it was read
+        behind = models.keys_and_values(network, prefix)
+    ours = step.Ours(network, behind, models.keys_and_values(network, 256), commits=2)
     for name, work in ours.parts().items():
         if name != "commit":
             works[f"{name} behind {prefix}"] = part(work)

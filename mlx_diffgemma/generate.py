@@ -116,9 +116,18 @@ class Reply:
             raise click.UsageError("--noise has its noise already: --save-noise would only copy it.")
         if self.noise is not None:
             existing_file(self.noise, "--noise")
+        self._check_images()
         for option, file in (("--save-noise", self.save_noise), ("--record", self.record)):
             if file is not None:
                 new_file(file, option)
+
+    def _check_images(self) -> None:
+        """What can be known of them before a model is loaded. Errors: PromptError."""
+        if self.images:
+            from .text import sources
+
+            for source in self.images:
+                sources.check(source)
 
     @property
     def talkative(self) -> bool:

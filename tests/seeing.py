@@ -11,7 +11,7 @@ from PIL import Image
 
 from mlx_diffgemma.model.vision import Eyes
 from mlx_diffgemma.model.vision_config import VisionConfig
-from mlx_diffgemma.pipeline.loading import load
+from mlx_diffgemma.pipeline.loading import load as load
 from mlx_diffgemma.pipeline.model import DiffusionGemma
 from mlx_diffgemma.proof.recordings import small_network
 from tests import small

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from benchmarks import common, generate, kernels, load, reach, readme, roofline, soak, step
+from benchmarks import causal, common, generate, kernels, load, reach, readme, roofline, soak, step
 from benchmarks.models import generation_config, peer_model, reference_model
 from mlx_diffgemma.config import LayerConfig, ModelConfig
 from mlx_diffgemma.files.weights import load_network
@@ -335,6 +335,15 @@ def test_a_step_of_all_three(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     compared = {name for name, part in result["parts"].items() if "transformers" in part["ratio"]}
     assert compared == {"forward", "step"}
     assert "step, against transformers" in readme.step(document)
+
+
+def test_a_causal_token_is_the_one_that_mlx_lm_makes(tmp_path: Path) -> None:
+    sizes = ["--hidden", "256", "--layers", "2", "--experts", "8", "--vocabulary", "512", "--prefix", "40", "1100"]
+    causal.main([*sizes, "--runs", "1", "--out", str(tmp_path / "causal.json")])
+    document = json.loads((tmp_path / "causal.json").read_text())
+    assert [found["prefix"] for found in document["tokens"]] == [40, 1100]  # within the window, and beyond it
+    assert max(found["logit_difference"] for found in document["tokens"]) < 1e-3
+    assert all(0 < found["share"] < 1 for found in document["scoring"])
 
 
 def test_a_projection_weighs_the_parts_by_their_shares(models: dict[str, roofline.Model]) -> None:

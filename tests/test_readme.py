@@ -26,7 +26,8 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "LOG.md"))]
 LINKED += [ROOT / "benchmarks" / "README.md", ROOT / "convert" / "README.md"]
 # Its commands need files of their own, and tests/test_docs.py runs its blocks: here only the options are looked at.
-NOT_RUN = [ROOT / "docs" / "constraints.md"]
+# Those of evaluate.md fetch published questions; tests/commands/test_evaluate.py has questions of its own.
+NOT_RUN = [ROOT / "docs" / "constraints.md", ROOT / "docs" / "evaluate.md"]
 OTHERS = ROOT / "docs" / "compared.md"  # names files of other programs
 
 
@@ -135,6 +136,7 @@ INSTALLING = (  # what only a machine with a network can run; `pip install .`: t
     "python3 -m venv ~/diffgemma",
     "source ~/diffgemma/bin/activate",
     "pip install .",
+    'mlx.launch --hostfile hosts.json -- mlx_diffgemma.generate --model /Users/me/pack --prompt "Why is the sky blue?"',
 )
 
 

@@ -144,11 +144,10 @@ def result_json(result: Result) -> dict[str, Any]:
     """Everything about a reply as plain data; seconds and bytes are in the names."""
     constrained = {"constraint": asdict(result.constraint)} if result.constraint else {}
     filled = {"holes": list(result.holes)} if result.holes is not None else {}
-    seen = {"pictures": [asdict(picture) for picture in result.pictures]} if result.pictures else {}
     return (
         constrained
         | filled
-        | seen
+        | _pictures_json(result.pictures)
         | {
             "text": result.text,
             "thinking": result.thinking,
@@ -162,6 +161,10 @@ def result_json(result: Result) -> dict[str, Any]:
             "statistics": statistics_json(result.statistics),
         }
     )
+
+
+def _pictures_json(pictures: Sequence[Seen]) -> dict[str, Any]:
+    return {"pictures": [asdict(picture) for picture in pictures]} if pictures else {}
 
 
 def statistics_json(statistics: Statistics) -> dict[str, Any]:
@@ -183,7 +186,8 @@ def event_json(event: Event, decode: Decode) -> dict[str, Any]:
         spoken = {"text": event.text, "thinking": event.thinking}
         return kind | {"canvas": event.index} | spoken | _canvas_json(event.rows[0])
     if isinstance(event, Finished):
-        return kind | {"reason": event.reasons[0], "statistics": statistics_json(event.statistics)}
+        ended = {"reason": event.reasons[0], "statistics": statistics_json(event.statistics)}
+        return kind | ended | _pictures_json(event.result.pictures if event.result else ())
     return kind | asdict(event)
 
 

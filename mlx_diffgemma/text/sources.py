@@ -62,6 +62,13 @@ def opened(source: str | os.PathLike[str] | bytes, access: Access = ANYWHERE) ->
         yield name, file
 
 
+def check(source: str) -> None:
+    """Errors: PromptError for a path at which there is nothing to read; URLs and data: URIs are not looked at."""
+    if not _scheme(source):
+        with _explained(shortened(source)):
+            _check_file(shortened(source), Path(source))
+
+
 def _read(source: str | os.PathLike[str], access: Access) -> tuple[str, bytes]:
     scheme, name = _scheme(source), shortened(os.fspath(source))
     if scheme == "data":

@@ -140,15 +140,18 @@ def _run(forward: Callable[..., Any], module: nn.Module, *inputs: mx.array, reco
 KeysValues = list[tuple[mx.array, mx.array]]  # per layer [B, heads, T, D]
 
 
-def read_clean(network: Network, tokens: mx.array, *, recompute: bool = False) -> tuple[mx.array, KeysValues]:
-    """The encoder's causal pass over whole sequences [B, T]: last hidden states, and every layer's keys and values."""
-    place = mx.arange(tokens.shape[1])
+def read_clean(
+    network: Network, inputs: mx.array, *, together: mx.array | None = None, recompute: bool = False
+) -> tuple[mx.array, KeysValues]:
+    """The encoder's causal pass over whole sequences, ids [B, T] or embeddings [B, T, H]: last hidden states, and every
+    layer's keys and values. `together` [T, T] is true where two positions belong to one picture, and see each other."""
+    place = mx.arange(inputs.shape[1])
     distance = place[:, None] - place
-    masks = {
-        True: _scores((distance >= 0) & (distance < network.config.sliding_window)),
-        False: _scores(distance >= 0),
-    }
-    x, kept = network.embed(tokens), []
+    causal, near = distance >= 0, (distance >= 0) & (distance < network.config.sliding_window)
+    if together is not None:
+        causal, near = causal | together, near | together
+    masks = {True: _scores(near), False: _scores(causal)}
+    x, kept = inputs if inputs.ndim == 3 else network.embed(inputs), []
     scalars = network.encoder.language_model.layers
     for layer, scalar, kind in zip(network.decoder.layers, scalars, network.config.layers, strict=True):
         mask = masks[kind.is_sliding].astype(x.dtype)

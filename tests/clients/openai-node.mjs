@@ -1,6 +1,6 @@
 // openai for Node. `node openai-node.mjs ADDRESS CASE` → a line of JSON: what the client understood.
 import OpenAI from "openai";
-import { zodResponseFormat } from "openai/helpers/zod";
+import { zodResponseFormat, zodTextFormat } from "openai/helpers/zod";
 import { z } from "zod";
 
 const [address, name] = process.argv.slice(2);
@@ -69,6 +69,17 @@ const cases = {
     const found = [];
     for await (const model of client.models.list()) found.push(model.id);
     return { found, one: (await client.models.retrieve(found[0])).id };
+  },
+  async responses_structured() {
+    const text = { format: zodTextFormat(form, "answer") };
+    return (await client.responses.parse({ model: "x", input: "one or two?", text })).output_parsed;
+  },
+  async responses_errors() {
+    try {
+      await client.responses.create({ model: "x", input: "hi", temperature: -1 });
+    } catch (error) {
+      return { kind: error.constructor.name, status: error.status, param: error.param, message: error.message };
+    }
   },
   async responses() {
     const tool = { type: "function", ...weather };

@@ -83,7 +83,9 @@ def run(command: list[Any], *, cwd: Path, environment: Mapping[str, str]) -> str
 
 COMMON = ("chat", "stream", "tools", "streamed_tools", "structured", "errors")
 LIBRARIES = {
-    "openai-node": Library(script="openai-node.mjs", cases=(*COMMON, "models", "responses")),
+    "openai-node": Library(
+        script="openai-node.mjs", cases=(*COMMON, "models", "responses", "responses_structured", "responses_errors")
+    ),
     "ai-sdk": Library(script="ai-sdk.mjs", cases=COMMON, more=("compatible",)),
     "ai-sdk-responses": Library(script="ai-sdk.mjs", cases=COMMON, more=("openai",)),
 }

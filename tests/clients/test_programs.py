@@ -23,7 +23,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, S
 
 def expected(case: str, told: dict[str, Any]) -> bool:
     """Whether what a library understood is what was said."""
-    match case:
+    match case.removeprefix("responses_"):
         case "chat":
             return (told["text"], told["reason"], told["tokens"]) == (GREETING, "stop", len(GREETING))
         case "stream":

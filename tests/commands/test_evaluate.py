@@ -3,12 +3,13 @@
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from benchmarks import demo_score
+from benchmarks import demo_score, reasoning
 from mlx_diffgemma import load
 from mlx_diffgemma.cli import main
 from mlx_diffgemma.errors import ConfigError
@@ -113,3 +114,21 @@ def test_what_cannot_be_evaluated_is_refused(tasks: Path, tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
     missing = evaluate("--tasks", str(tasks), "--output-dir", str(tmp_path))
     assert missing.exit_code == 1 and "pip install 'mlx-diffgemma[eval]'" in missing.stderr
+
+
+def test_procedural_questions_become_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """reasoning-gym stands aside here: its questions are the built-in model's, its scoring is equality."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    entries = [{"question": e.prompt, "answer": e.answer} for e in demo_score.held_out("template", COUNT)]
+    gym: Any = ModuleType("reasoning_gym")
+    gym.create_dataset = lambda name, *, size, seed: entries[:size]
+    gym.get_score_answer_fn = lambda name: lambda answer, entry: float(answer == entry["answer"])
+    monkeypatch.setitem(sys.modules, "reasoning_gym", gym)
+    made = CliRunner().invoke(reasoning.main, [str(tmp_path / "tasks"), "--datasets", "made_up", "--count", "3"])
+    assert made.exit_code == 0
+    told = evaluate("--tasks", str(tmp_path / "tasks"), "--output-dir", str(tmp_path))
+    assert told.exit_code == 0
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["results"]["reasoning_made_up"]["score,none"] == 1
+    assert found["n-samples"]["reasoning_made_up"]["effective"] == 3

@@ -187,6 +187,18 @@ def test_the_budget_and_the_mask_tell_prefixes_apart(model: DiffusionGemma) -> N
     assert PromptIds(ids=[1, 2]).key("gemma4") == (1, 2) == PromptIds(ids=[1, 2]).key("transformers")
 
 
+def test_no_prefix_ends_inside_of_a_picture(model: DiffusionGemma) -> None:
+    """Whatever two prompts share, a pause there cuts no block."""
+    seen = [{"type": "image", "image": picture(seed), "budget": size} for seed in (1, 2) for size in (70, 140)]
+    chosen = [seen[:1], seen[:2], seen[1:], seen[::-1], seen[2:], [seen[0], seen[0]], [seen[0], seen[2]]]
+    prompts = [model.read([{"role": "user", "content": parts}]) for parts in chosen]
+    for one_ in prompts:
+        for other in prompts:
+            pairs = enumerate(zip(one_.key("gemma4"), other.key("gemma4"), strict=False))
+            shared = next((i for i, (a, b) in pairs if a != b), min(len(one_.ids), len(other.ids)))
+            assert not any(placed.start < shared < placed.stop for placed in one_.pictures)
+
+
 def test_a_mask_may_be_chosen_before_there_is_a_picture(model: DiffusionGemma) -> None:
     chat = model.chat(max_tokens=4, seed=4, picture_mask="gemma4")
     assert chat.send("Hi").statistics.departures == {}

@@ -4,7 +4,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import anthropic
 import inceptionai
+import ollama
 import openai
 import pytest
 
@@ -41,6 +43,12 @@ def test_tools(client: Any, model: Scripted) -> None:
     [call] = made.choices[0].message.tool_calls
     assert made.choices[0].finish_reason == "tool_calls" and call.function.name == "weather"
     assert json.loads(call.function.arguments) == {"city": "Rome", "days": 3}
+    model.script = "Sunny."
+    answered = [*said("hi"), made.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "sun"}]
+    again: Any = {"model": "x", "messages": answered, "tools": [WEATHER]}
+    assert client.chat.completions.create(**again).choices[0].message.content == "Sunny."
+    chunks = client.chat.completions.create(**again, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Sunny."
 
 
 def test_structured_output(client: Any, model: Scripted) -> None:
@@ -51,6 +59,22 @@ def test_structured_output(client: Any, model: Scripted) -> None:
 def test_errors(client: Any) -> None:
     with pytest.raises((openai.BadRequestError, inceptionai.BadRequestError), match="temperature"):
         client.chat.completions.create(model="x", messages=said("hi"), temperature=-1)
+
+
+def test_anthropic_and_ollama_get_structure_and_errors(server: Running) -> None:
+    asked: Any = {"model": "x", "messages": said("hi")}
+    with anthropic.Anthropic(base_url=server.url, api_key="any", max_retries=0) as client:
+        form: Any = {"format": {"type": "json_schema", "schema": SCHEMA}}
+        made = client.messages.create(**asked, max_tokens=40, output_config=form)
+        assert made.content[0].type == "text" and json.loads(made.content[0].text)["a"] in (1, 2)
+        with pytest.raises(anthropic.BadRequestError, match="stop_sequences"):
+            client.messages.create(**asked, max_tokens=40, stop_sequences=[""])
+    with ollama.Client(host=server.url) as client:
+        told = client.chat(**asked, format=SCHEMA, options={"num_predict": 40})
+        assert json.loads(told.message.content or "")["a"] in (1, 2)
+        with pytest.raises(ollama.ResponseError, match="temperature") as caught:
+            client.chat(**asked, options={"temperature": -1})
+        assert caught.value.status_code == 400
 
 
 def test_mercurys_effect(server: Running, model: Scripted) -> None:

@@ -6,9 +6,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
-from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
-from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
 
 from mlx_diffgemma.errors import TokenizerError
 from mlx_diffgemma.text.images import PictureConfig, open_picture
@@ -17,16 +14,10 @@ from mlx_diffgemma.text.placing import Frame
 from mlx_diffgemma.text.tokenizer import Tokenizer
 from tests import seeing, small
 from tests.seeing import BOI, BUDGET, EOI, IMAGE, picture
+from tests.text.processor import Processor, processor
 
 FRAME = Frame(begin=BOI, image=IMAGE, end=EOI)
 PICTURES = PictureConfig(patch_size=4, pooling=3, budget=BUDGET)
-
-
-class Processor(Gemma4Processor):
-    """transformers' own, without the parts for sounds and videos, which need other libraries."""
-
-    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        return object
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +33,8 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def processor(folder: Path) -> Processor:
-    theirs = AutoTokenizer.from_pretrained(folder)
-    images = Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=BUDGET, pooling_kernel_size=3)
-    made = Processor(None, images, theirs, None, chat_template=seeing.TEMPLATE)
-    made.boa_token = made.eoa_token = "<none>"
-    return made
+def theirs(folder: Path) -> Processor:
+    return processor(folder)
 
 
 def place(tokenizer: Tokenizer, messages: Any, frame: Frame = FRAME, **options: Any) -> tuple[list[int], Any]:
@@ -80,9 +67,9 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 
 @pytest.mark.parametrize("sanitize", [False, True])
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_ids_are_the_processors(name: str, sanitize: bool, tokenizer: Tokenizer, processor: Processor) -> None:
+def test_ids_are_the_processors(name: str, sanitize: bool, tokenizer: Tokenizer, theirs: Processor) -> None:
     messages = CONVERSATIONS[name]
-    right = processor.apply_chat_template(
+    right = theirs.apply_chat_template(
         messages, tokenize=True, add_generation_prompt=True, return_dict=True, sanitize_control_tokens=sanitize
     )
     ids, spans = place(tokenizer, messages, sanitize_control_tokens=sanitize)

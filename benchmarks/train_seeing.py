@@ -1,0 +1,272 @@
+"""Eyes for the built-in model, the second stage: the text model learns to read what the tower spells.
+
+    python -m benchmarks.train_seeing build/eyes [--steps 1500]    behind `benchmarks.train_eyes build/eyes`
+    python -m benchmarks.train_seeing build/eyes --score 200       right cells and grids on held-out pictures
+
+The tower stays as it is. A projection is fitted by least squares, so that a soft token looks like the character that it
+stands for, and trained on with an adapter on the text model: "Read this puzzle:" wants the grid as the text prompts
+write it, "Solve this Sudoku:" the solution. Both are attached only where a prompt has a picture, so nothing that
+is asked in words changes. Writes tower.safetensors (with the projection), adapters.safetensors and adapter_config.json
+into the folder `seeing`, and config.json with the ids around a picture.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import torch
+
+from benchmarks import train_demo
+from benchmarks.puzzle_pictures import draw, look
+from benchmarks.train_demo import HELD_OUT_SEED, grid_text
+from benchmarks.train_eyes import ALPHABET, PICTURES, SIDE, VISION, Speller, spelled
+from mlx_diffgemma import load
+from mlx_diffgemma.disk import replacing
+from mlx_diffgemma.files import adapters
+from mlx_diffgemma.files.shipped import BUILT_IN
+from mlx_diffgemma.generation import engine
+from mlx_diffgemma.generation.events import Committed
+from mlx_diffgemma.generation.noise import SeededNoise
+from mlx_diffgemma.model.blocks import Block
+from mlx_diffgemma.model.network import Network, leaves
+from mlx_diffgemma.pipeline.model import DiffusionGemma
+from mlx_diffgemma.text.images import scaled
+from mlx_diffgemma.training import objective
+from mlx_diffgemma.training.objective import Batch
+
+BEGIN, SOFT, END = 378, 379, 380  # ids around and in a picture: the vocabulary's first unused ones
+READ = ("Read this puzzle:", "Read this Sudoku:", "What is in this picture?")
+SOLVE = train_demo.SUDOKU_ASKS
+PLACE = 4  # of a picture, in a prompt's ids: behind <bos><|turn>user\n
+LORA = adapters.Lora(rank=8, scale=2.0)
+BATCH, RATE, WARMUP = 16, 1e-3, 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """Pictures of puzzles as the tower sees them."""
+
+    soft: np.ndarray  # [N, 64, C] float32, before the projection
+    puzzles: list[np.ndarray]  # [36] each
+    solutions: list[str]  # "" for a grid that is none
+
+
+def look_at(speller: Speller, seed: int, count: int, *, unseen: bool = False) -> Seen:
+    """`count` pictures, drawn and looked at: three in four are puzzles that have a solution."""
+    rng = np.random.default_rng([seed, 77])
+    made = list(train_demo.sudokus(np.random.default_rng([seed, 78]), count, train_demo.HELD_OUT_GIVENS))
+    puzzles, solutions = [], []
+    for number, (puzzle, solution) in enumerate(made):
+        cells = np.array([".123456".index(c) for c in puzzle if c in ".123456"])
+        if number % 4 == 3:
+            cells, solution = np.where(rng.random(36) < rng.uniform(0.05, 0.7), 0, rng.integers(1, 7, 36)), ""
+        puzzles.append(cells)
+        solutions.append(solution)
+    soft = []
+    for start in range(0, count, 32):
+        pictures = [draw(rng, cells, look(rng, unseen=unseen)) for cells in puzzles[start : start + 32]]
+        patches = np.stack([scaled("", picture, PICTURES, PICTURES.budget).patches() for picture in pictures])
+        with torch.no_grad():
+            soft.append(speller.soft(torch.from_numpy(patches)).numpy())
+    return Seen(soft=np.concatenate(soft), puzzles=puzzles, solutions=solutions)
+
+
+class Seeing(nn.Module):
+    """The text model with an adapter, and the projection: all that is trained."""
+
+    def __init__(self, network: Network, projection: mx.array):
+        super().__init__()
+        self.network = network
+        self.embedding_projection = nn.Linear(VISION["hidden_size"], network.config.hidden_size, bias=False)
+        self.embedding_projection.weight = projection
+
+    def embed(self, tokens: mx.array, soft: mx.array) -> mx.array:
+        """Ids [B, T] whose pictures all begin at PLACE, and what is in them [B, 64, C] → embeddings [B, T, H]."""
+        x, start = self.network.embed(tokens), PLACE + 1
+        return mx.concatenate([x[:, :start], self.project(soft), x[:, start + SIDE**2 :]], axis=1)
+
+    def project(self, soft: mx.array) -> mx.array:
+        return self.embedding_projection(mx.fast.rms_norm(soft, None, 1e-6))
+
+    def loss(self, batch: Batch, soft: mx.array) -> mx.array:
+        """The decoder's mean cross-entropy: the objective of training, without that of the encoder."""
+        place = mx.arange(batch.tokens.shape[1])
+        inside = (place > PLACE) & (place <= PLACE + SIDE**2)
+        together = inside[:, None] & inside
+        _, prefix = objective.read_clean(self.network, self.embed(batch.tokens, soft), together=together)
+        signal = objective.first_look(self.network, batch, prefix) if batch.looks else None
+        hidden = objective.denoise(self.network, batch.noisy, batch.starts, prefix, signal)
+        return objective.cross_entropy(self.network, hidden.flatten(0, 1), batch.clean.flatten()).mean()
+
+
+def fitted(network: Network, model: DiffusionGemma, seen: Seen) -> mx.array:
+    """The projection [H, C] that makes soft tokens most like the embeddings of what they stand for."""
+    ids = [model.tokenizer.encode(character)[0] for character in ALPHABET]
+    wanted = np.array(network.embed(mx.array([ids])))[0][np.array([spelled(cells) for cells in seen.puzzles])]
+    x = seen.soft / np.sqrt((seen.soft**2).mean(-1, keepdims=True) + 1e-6)
+    x, y = x.reshape(-1, x.shape[-1]), wanted.reshape(-1, wanted.shape[-1])
+    solved = np.linalg.solve(x.T @ x + 1e-3 * len(x) * np.eye(x.shape[1]), x.T @ y)
+    return mx.array(solved.T.astype(np.float32))
+
+
+def prompt(model: DiffusionGemma, ask: str) -> list[int]:
+    """The ids of a message that is a picture and these words."""
+    ids = model.tokenizer.apply_chat_template([{"role": "user", "content": ask}])
+    return [*ids[:PLACE], BEGIN, *[SOFT] * SIDE**2, END, *ids[PLACE:]]
+
+
+def asked(rng: np.random.Generator, seen: Seen, number: int) -> tuple[str, str]:
+    """A question about a picture, and its answer."""
+    if seen.solutions[number] and rng.random() < 0.6:
+        return str(rng.choice(SOLVE)), seen.solutions[number]
+    return str(rng.choice(READ)), grid_text(seen.puzzles[number])
+
+
+def batch(model: DiffusionGemma, seen: Seen, rng: np.random.Generator) -> tuple[Batch, mx.array]:
+    """A batch of one canvas each, as training/batches makes them, and its pictures."""
+    config, stop = model.config, model.generation_config.stop_ids[-1]
+    size, chosen = config.canvas_length, rng.integers(0, len(seen.puzzles), BATCH)
+    questions = [asked(rng, seen, int(number)) for number in chosen]
+    prompts = [prompt(model, ask) for ask, _ in questions]
+    answers = [[*model.tokenizer.encode(answer), stop] for _, answer in questions]
+    width = max(len(p) + size for p in prompts)
+    tokens, clean = np.zeros((BATCH, width), np.int32), np.full((BATCH, size), stop, np.int32)
+    for row, (ids, answer) in enumerate(zip(prompts, answers, strict=True)):
+        tokens[row, : len(ids)] = ids
+        clean[row, : len(answer)] = answer
+    corrupt = rng.random((BATCH, size)) < rng.random((BATCH, 1))
+    noisy = np.where(corrupt, rng.integers(config.vocab_size, size=(BATCH, size)), clean).astype(np.int32)
+    starts = mx.array([len(p) for p in prompts], mx.int32)
+    made = Batch(
+        tokens=mx.array(tokens),
+        lengths=starts,
+        starts=starts,
+        clean=mx.array(clean),
+        noisy=mx.array(noisy),
+        looks=BATCH // 2,
+    )
+    return made, mx.array(seen.soft[chosen])
+
+
+def train(folder: Path, steps: int, *, pictures: int, every: int = 250) -> Iterator[dict[str, Any]]:
+    """Train, and save at the end; yields what it measures `every` steps."""
+    speller, model = speller_of(folder), load(BUILT_IN)
+    seen, unseen = look_at(speller, 1, pictures), look_at(speller, HELD_OUT_SEED, 32, unseen=True)
+    projection = fitted(model.network, model, seen)
+    adapters.attach(model.network, LORA)
+    seeing = Seeing(model.network, projection)
+    for layer in model.network.decoder.layers:
+        layer.experts = objective.AllExperts(layer.experts)  # few: quicker than gathering, also when answering
+    rates = optim.join_schedules(
+        [optim.linear_schedule(0, RATE, WARMUP), optim.cosine_decay(RATE, max(steps - WARMUP, 1))], [WARMUP]
+    )
+    optimizer = optim.AdamW(rates, betas=[0.9, 0.99], weight_decay=0.0, bias_correction=True)
+    step_of = nn.value_and_grad(seeing, lambda made, soft: seeing.loss(made, soft))
+    rng, began, total = np.random.default_rng(5), time.perf_counter(), 0.0
+    for step in range(steps):
+        loss, gradients = step_of(*batch(model, seen, rng))
+        gradients, _ = optim.clip_grad_norm(gradients, 1.0)
+        optimizer.update(seeing, gradients)
+        mx.eval(seeing.parameters(), optimizer.state)
+        total += loss.item()
+        if (step + 1) % every == 0 or step + 1 == steps:
+            save(folder, seeing, speller)
+            seconds = (time.perf_counter() - began) / (step + 1)
+            right = score(model, seeing, unseen)
+            yield {"step": step + 1, "loss": total / (step % every + 1), "seconds": seconds} | right
+            total = 0.0
+
+
+def speller_of(folder: Path) -> Speller:
+    """The first stage's."""
+    speller = Speller()
+    speller.load_state_dict(torch.load(folder / "state.pt")["speller"])
+    return speller
+
+
+def save(folder: Path, seeing: Seeing, speller: Speller) -> None:
+    """What the package ships, but for the ids, which are in config.json."""
+    target = folder / "seeing"
+    adapters.save(seeing.network, LORA, target)
+    tower = {f"model.encoder.vision_tower.{n}": mx.array(w.numpy()) for n, w in speller.tower.state_dict().items()}
+    projection = {"model.encoder.embed_vision.embedding_projection.weight": seeing.embedding_projection.weight}
+    mx.save_safetensors(str(target / "tower.safetensors"), tower | projection)
+    ids = {"boi_token_id": BEGIN, "image_token_id": SOFT, "eoi_token_id": END}
+    told = {**ids, "vision_soft_tokens_per_image": PICTURES.budget, "vision_config": VISION}
+    with replacing(target / "config.json", "w") as stream:
+        stream.write(json.dumps(told, indent=2) + "\n")
+
+
+def score(model: DiffusionGemma, seeing: Seeing, seen: Seen) -> dict[str, float]:
+    """Cells and grids read right, and puzzles solved, by the engine and the default sampler."""
+    read = answers(model, seeing, seen, READ[0], range(len(seen.puzzles)))
+    cells = [_same(answer, grid_text(cells)) for answer, cells in zip(read, seen.puzzles, strict=True)]
+    puzzles = [number for number, solution in enumerate(seen.solutions) if solution]
+    solved = answers(model, seeing, seen, SOLVE[0], puzzles)
+    right = [answer == seen.solutions[number] for answer, number in zip(solved, puzzles, strict=True)]
+    grids = float(np.mean([share == 1 for share in cells]))
+    return {"cells": float(np.mean(cells)), "grids": grids, "solved": float(np.mean(right))}
+
+
+def _same(answer: str, wanted: str) -> float:
+    """The share of a grid's cells that an answer has right."""
+    places = [i for i, character in enumerate(wanted) if character in ".123456"]
+    return sum(i < len(answer) and answer[i] == wanted[i] for i in places) / len(places)
+
+
+def answers(model: DiffusionGemma, seeing: Seeing, seen: Seen, ask: str, numbers: Sequence[int]) -> list[str]:
+    """What the model says about these pictures."""
+    ids, said = prompt(model, ask), list[str]()
+    settings = model.generation_config.replace(max_tokens=model.config.canvas_length)
+    for start in range(0, len(numbers), BATCH):
+        some = numbers[start : start + BATCH]
+        noise = SeededNoise(list(some), length=model.config.canvas_length, vocabulary=model.config.vocab_size)
+        blocks = [
+            [Block(start=PLACE + 1, stop=PLACE + 1 + SIDE**2, features=_feature(seeing, seen, number))]
+            for number in some
+        ]
+        told: list[list[int]] = [[] for _ in some]
+        for event in engine.generate(model.network, [ids] * len(some), settings, noise, pictures=blocks):
+            for row, committed in zip(told, event.rows if isinstance(event, Committed) else (), strict=False):
+                row += committed.ids
+        said += map(model.tokenizer.decode, told)
+    return said
+
+
+def _feature(seeing: Seeing, seen: Seen, number: int) -> Any:
+    return lambda: seeing.project(mx.array(seen.soft[number]))
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--steps", default=1500, help=f"Of {BATCH} questions.")
+@click.option("--pictures", default=6_000, help="To learn from.")
+@click.option("--score", "held_out", type=int, help="Train nothing; score what is there on so many held-out pictures.")
+def main(folder: Path, steps: int, pictures: int, held_out: int | None) -> None:
+    torch.set_num_threads(1)
+    if held_out is None:
+        for line in train(folder, steps, pictures=pictures):
+            print(json.dumps(line), flush=True)
+        return
+    model = load(BUILT_IN)
+    adapters.load(model.network, folder / "seeing")
+    found: Any = mx.load(str(folder / "seeing" / "tower.safetensors"))
+    seeing = Seeing(model.network, found["model.encoder.embed_vision.embedding_projection.weight"])
+    seen = look_at(speller_of(folder), HELD_OUT_SEED + 1, held_out, unseen=True)
+    print(json.dumps(score(model, seeing, seen) | {"adapter": _count(model.network)}))
+
+
+def _count(network: Network) -> int:
+    return sum(w.size for name, w in leaves(network.parameters()).items() if "lora" in name)
+
+
+if __name__ == "__main__":
+    main()
