@@ -115,8 +115,8 @@ class Talk:
         action(argument.strip())
 
     def commands(self) -> dict[str, Callable[[str], None]]:
-        actions = (self.help, self.image, self.reset, self.save, self.seed, self.decoding, self.logprobs, self.stats)
-        actions = (*actions, self.exit)
+        actions = (self.help, self.image, self.video, self.pdf, self.reset, self.save, self.seed, self.decoding)
+        actions = (*actions, self.logprobs, self.stats, self.exit)
         return {action.__name__: action for action in actions}
 
     def help(self, _: str) -> None:
@@ -126,12 +126,23 @@ class Talk:
 
     def image(self, file: str) -> None:
         """FILE|URL: a picture that goes before the next message; several times for several"""
+        self._show("image", file)
+
+    def video(self, file: str) -> None:
+        """FILE|FOLDER: a video, or a folder of its frames, before the next message"""
+        self._show("video", file)
+
+    def pdf(self, file: str) -> None:
+        """FILE: the pages of a PDF before the next message"""
+        self._show("pdf", file)
+
+    def _show(self, kind: str, file: str) -> None:
         if not file:
-            raise DiffGemmaError("/image needs the name of a file, or a URL.")
-        part = {"type": "image", "image": file, "budget": self.image_budget}
+            raise DiffGemmaError(f"/{kind} needs the name of a file, or a URL.")
+        part = {"type": kind, kind: file, "budget": self.image_budget}
         [message] = self.model.opened([{"role": "user", "content": [part]}])
         self.pictures += message["content"]
-        click.echo(f"{message['content'][0]['image']}", err=True)
+        click.echo(f"{message['content'][0][kind]}", err=True)
 
     def reset(self, _: str) -> None:
         """forget the conversation, but not the system prompt"""

@@ -39,6 +39,11 @@ _offline_option = partial(click.option, cls=Option, section="A file of prompts")
 @click.option("-p", "--prompt", metavar="TEXT|@FILE|-", help="Text, a file's content, or stdin.")
 @click.option("--image", "images", multiple=True, metavar="FILE|URL", help="A picture before the text; repeatable.")
 @_prompt_option("--image-budget", metavar="N", help=BUDGET)
+@_prompt_option("--video", "videos", multiple=True, metavar="FILE|FOLDER", help="A video, or its frames; repeatable.")
+@_prompt_option("--video-frames", type=click.IntRange(1), metavar="N", help="Frames of a video.  [default: 32]")
+@_prompt_option("--video-rate", type=Number(0, min_open=True), metavar="X", help="Frames a second in a folder.")
+@_prompt_option("--pdf", "pdfs", multiple=True, metavar="FILE", help="The pages of a PDF as pictures; repeatable.")
+@_prompt_option("--pages", metavar="2-5,7", help="Some pages of a PDF.  [default: all]")
 @_prompt_option("--messages", metavar="FILE.json", help='A conversation instead: [{"role": …, "content": …}, …].')
 @_prompt_option("--system-prompt", metavar="TEXT", help="Goes before the prompt.")
 @_prompt_option("--thinking/--no-thinking", default=None, help="Ask for thinking, or for none.")
@@ -97,6 +102,11 @@ class Reply:
     prompt: str | None
     images: tuple[str, ...]
     image_budget: str | None
+    videos: tuple[str, ...]
+    video_frames: int | None
+    video_rate: float | None  # frames a second
+    pdfs: tuple[str, ...]
+    pages: str | None
     messages: str | None
     system_prompt: str | None
     thinking: bool | None
@@ -116,24 +126,26 @@ class Reply:
             raise click.UsageError("--noise has its noise already: --save-noise would only copy it.")
         if self.noise is not None:
             existing_file(self.noise, "--noise")
-        self._check_images()
+        self._check_shown()
         for option, file in (("--save-noise", self.save_noise), ("--record", self.record)):
             if file is not None:
                 new_file(file, option)
 
-    def _check_images(self) -> None:
-        """What can be known of them before a model is loaded. Errors: PromptError."""
-        if self.images:
+    def _check_shown(self) -> None:
+        """What can be known of pictures before a model is loaded. Errors: PromptError."""
+        if self.shown.option:
             from .text import sources
 
-            for source in self.images:
-                sources.check(source)
+            for source in (*self.images, *self.videos, *self.pdfs):
+                sources.check(source, folders=source in self.videos)
 
     @property
     def talkative(self) -> bool:
         return not self.quiet and self.form is None
 
     def give(self) -> None:
+        from .text.parts import seen
+
         asked = self._asked()
         recording = self._recording()  # before the model is loaded: it refuses bad names
         filling = self.obeying.is_filling
@@ -148,10 +160,11 @@ class Reply:
             asked = [{"role": "user", "content": SUDOKU.prompt}]
         if recording and asked:
             recording.commit(_shown(asked[-1]) + "\n\n")
-        request, pace = self.request(model, asked), self._pace()
+        opened = model.opened(asked)
         if self.talkative:
-            for picture in request.seen:
+            for picture in seen(opened):
                 click.echo(f"{picture}", err=True)
+        request, pace = self.request(model, opened), self._pace()
         recorder = request.record() if self.save_noise else None
         result = self._chosen(request) if request.settings.chooses else self.run(model, request, pace, recording)
         if recorder and self.save_noise:
@@ -229,9 +242,14 @@ class Reply:
         if prompt is None and self.messages is None:
             prompt = _piped()
             demo = "model" not in self.source or self.obeying.is_filling
-            if prompt is None and demo and self.system_prompt is None and not self.images:
+            if prompt is None and demo and self.system_prompt is None and not self.shown.option:
                 return None
-        return conversation(prompt, self.messages, self.system_prompt, images=self.images, budget=self.image_budget)
+        return conversation(prompt, self.messages, self.system_prompt, self.shown)
+
+    @property
+    def shown(self) -> "Shown":
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(Shown)}
+        return Shown(**own)
 
 
 class Demo:
@@ -267,7 +285,8 @@ def _for_a_file(wanted: dict[str, Any]) -> dict[str, Any]:
     """What of the options a file of prompts takes. Errors: UsageError for one that is for a single prompt."""
     taken = {"system_prompt", "thinking", "sanitize_control_tokens", "quiet", "image_budget"}
     if single := [name for name, value in wanted.items() if name not in taken and value not in (None, False, ())]:
-        name = {"form": wanted["form"], "images": "image"}.get(single[0], single[0].replace("_", "-"))
+        plural = {"images": "image", "videos": "video", "pdfs": "pdf"}
+        name = (plural | {"form": wanted["form"]}).get(single[0], single[0].replace("_", "-"))
         raise click.UsageError(f"--{name} is for a single prompt: with --input it would do nothing.")
     return {name: wanted[name] for name in taken}
 
@@ -345,14 +364,45 @@ def _standard_input() -> str:
         raise PromptError(f"standard input cannot be read: {why}.") from None
 
 
-def conversation(
-    prompt: str | None,
-    messages: str | None,
-    system_prompt: str | None,
-    *,
-    images: tuple[str, ...] = (),
-    budget: str | None = None,
-) -> "list[Message]":
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What stands before the prompt: pictures, videos, PDFs. Errors when it is made: UsageError for an option that
+    would do nothing."""
+
+    images: tuple[str, ...] = ()
+    image_budget: str | None = None
+    videos: tuple[str, ...] = ()
+    video_frames: int | None = None
+    video_rate: float | None = None
+    pdfs: tuple[str, ...] = ()
+    pages: str | None = None
+
+    def __post_init__(self) -> None:
+        for option, value, needed, files in (
+            ("--video-frames", self.video_frames, "--video", self.videos),
+            ("--video-rate", self.video_rate, "--video", self.videos),
+            ("--pages", self.pages, "--pdf", self.pdfs),
+        ):
+            if value is not None and not files:
+                raise click.UsageError(f"{option} would do nothing: there is no {needed}.")
+
+    @property
+    def option(self) -> str:
+        """The first option that shows something, or nothing."""
+        given = {"--image": self.images, "--video": self.videos, "--pdf": self.pdfs}
+        return next((option for option, files in given.items() if files), "")
+
+    @property
+    def parts(self) -> "list[Message]":
+        """As a message holds them, not opened yet."""
+        frames = {"frames": self.video_frames} if self.video_frames is not None else {}
+        found: list[Message] = [{"type": "image", "image": file} for file in self.images]
+        found += [{"type": "video", "video": file, **frames, "rate": self.video_rate} for file in self.videos]
+        found += [{"type": "pdf", "pdf": file, "pages": self.pages} for file in self.pdfs]
+        return [part | {"budget": self.image_budget} for part in found]
+
+
+def conversation(prompt: str | None, messages: str | None, system_prompt: str | None, shown: Shown) -> "list[Message]":
     """The chat messages that the options ask for; pictures are not opened yet. Errors: UsageError; PromptError,
     ConfigError for a file that cannot be read and a text that is none."""
     from .text.gate import PICTURES, check_messages, check_text
@@ -363,11 +413,11 @@ def conversation(
     if messages is not None:
         if system_prompt is not None:
             raise click.UsageError("--system-prompt goes with --prompt; --messages holds its own.")
-        if images:
-            raise click.UsageError("--image goes with --prompt; --messages holds its own pictures.")
+        if shown.option:
+            raise click.UsageError(f"{shown.option} goes with --prompt; --messages holds its own pictures.")
         found = parse_json(_content(messages, "--messages"), messages, fault=PromptError)
         checked = check_messages(bare(found), messages, reads=PICTURES)
-        if budget is not None and not has_pictures(found):
+        if (budget := shown.image_budget) is not None and not has_pictures(found):
             raise click.UsageError(f"--image-budget would do nothing: {messages} has no picture.")
         return with_budget(found, budget) if budget is not None else found if has_pictures(found) else checked
     assert prompt is not None
@@ -376,11 +426,10 @@ def conversation(
         text = decoded(_content(prompt[1:], "--prompt"), prompt[1:], fault=PromptError)
     if not check_text(text, "the prompt").strip():
         raise PromptError("the prompt is empty.")
-    if budget is not None and not images:
-        raise click.UsageError("--image-budget would do nothing: there is no --image.")
+    if shown.image_budget is not None and not shown.option:
+        raise click.UsageError("--image-budget would do nothing: there is no --image, --video or --pdf.")
     system = [] if system_prompt is None else [check_text(system_prompt, "--system-prompt")]
-    pictures = [{"type": "image", "image": file, "budget": budget} for file in images]
-    content = [*pictures, {"type": "text", "text": text}] if pictures else text
+    content = [*shown.parts, {"type": "text", "text": text}] if shown.option else text
     return [*({"role": "system", "content": said} for said in system), {"role": "user", "content": content}]
 
 

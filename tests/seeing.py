@@ -22,7 +22,8 @@ BUDGET = 70
 # As the released template writes parts, in small.
 TEMPLATE = """{{ bos_token }}{% for m in messages %}<|turn>{{ 'model' if m.role == 'assistant' else m.role }}
 {% if m.content is string %}{{ m.content | trim }}{% else %}{% for p in m.content %}
-{%- if p.type == 'text' %}{{ p.text | trim }}{% elif p.type in ['image', 'image_url'] %}{{ '<|image|>' }}{% endif %}
+{%- if p.type == 'text' %}{{ p.text | trim }}{% elif p.type in ['image', 'image_url'] %}{{ '<|image|>' }}
+{%- elif p.type == 'video' %}{{ '<|video|>' }}{% endif %}
 {%- endfor %}{% endif %}<turn|>
 {% endfor %}<|turn>model
 {% if enable_thinking %}<|channel>thought

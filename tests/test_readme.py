@@ -183,6 +183,9 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small.write_checkpoint(home / "released")
     seeing.write_checkpoint(home / "seeing")
     seeing.picture().save(home / "cat.png")
+    (home / "frames").mkdir()
+    for number in range(12):
+        seeing.picture(number).save(home / "frames" / f"{number}.png")
     (home / "letter.txt").write_text("Dear Ada, the ship is late.")
     (home / "my-data").mkdir()
     rows = [{"prompt": f"{i}", "completion": f"{i}!"} for i in range(4)]

@@ -115,7 +115,8 @@ class DiffusionGemma:
 
         A prompt is text, chat messages, or ids; text becomes a user message. The content of a message may be a list of
         parts, pictures among them: {"type": "image", "image": a path, URL, bytes, a PIL picture or a uint8 array},
-        with a "budget" of soft tokens (70, 140, 280, 560, 1120), or OpenAI's {"type": "image_url", …}.
+        with a "budget" of soft tokens (70, 140, 280, 560, 1120), or OpenAI's {"type": "image_url", …}; videos
+        and PDFs, {"type": "video", "video": …, "frames": 32} and {"type": "pdf", "pdf": …, "pages": "2-5"}.
         With `sanitize_control_tokens` the control tokens in messages and tools are plain text. `options` are
         GenerationConfig's, `template_options` further variables of the chat template.
         A batch's `seeds` give each row the noise of its own single run; `seed` gives rows seed, seed + 1, …

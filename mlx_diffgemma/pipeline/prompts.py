@@ -9,7 +9,7 @@ from ..errors import PromptError, TokenizerError
 from ..text import parts
 from ..text.gate import PICTURES, Message, check_messages, check_text, check_tools
 from ..text.images import Picture
-from ..text.placing import IMAGE
+from ..text.placing import IMAGE, VIDEO, labels
 from ..text.tokenizer import Tokenizer
 from ..values import flag, optional, shown
 
@@ -100,6 +100,8 @@ class Reading:
         messages = check_messages(messages, reads=PICTURES)
         if not self.sanitize_control_tokens:
             self._check_literals(messages, sight.frame.placeholder)
+            if labels(messages):
+                self._check_literals(messages, VIDEO)
         tokens = [picture.tokens for picture in pictures]
         ids, spans = sight.tokenizer.place(messages, sight.frame, tokens, **self._template)
         placed = (Placed(start=a, stop=b, picture=p) for (a, b), p in zip(spans, pictures, strict=True))

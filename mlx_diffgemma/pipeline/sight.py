@@ -1,14 +1,15 @@
 """What prompts with pictures need besides text: eyes, the ids around pictures, and soft tokens remembered."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from ..errors import ConfigError, PromptError
-from ..files.eyes import open_eyes
+from ..files.eyes import load_eyes, open_eyes
 from ..model.blocks import Block
 from ..model.network import Network, leaves
 from ..model.vision import Eyes, looking_bytes
@@ -31,12 +32,13 @@ class Sight:
 
     network: Network
     tokenizer: Tokenizer
-    eyes: Eyes  # read from the disk at the first look
+    eyes: Eyes  # opened; their weights may still be on the disk
+    read: Callable[[], Eyes]  # the same, read: in the thread that looks first, since MLX's lazy arrays belong to one
     frame: Frame
     looks: "Looks" = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "looks", Looks(self.eyes))
+        object.__setattr__(self, "looks", Looks(self.read))
 
     @property
     def config(self) -> VisionConfig:
@@ -78,10 +80,14 @@ class Sight:
 class Looks:
     """Soft tokens of the pictures that were looked at lately, by what these show, in at most so many bytes."""
 
-    def __init__(self, eyes: Eyes, most_bytes: int = REMEMBERED):
-        self.eyes, self.most_bytes = eyes, most_bytes
+    def __init__(self, read: Callable[[], Eyes], most_bytes: int = REMEMBERED):
+        self._read, self.most_bytes = read, most_bytes
         self.taken = 0  # looks, for those who count
         self._kept: OrderedDict[str, mx.array] = OrderedDict()
+
+    @cached_property
+    def _eyes(self) -> Eyes:
+        return self._read()
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +97,7 @@ class Looks:
         """A picture's soft tokens [n, H]."""
         if picture.key not in self._kept:
             self.taken += 1
-            self._kept[picture.key] = self.eyes.see(mx.array(picture.patches()), picture.columns)
+            self._kept[picture.key] = self._eyes.see(mx.array(picture.patches()), picture.columns)
         self._kept.move_to_end(picture.key)
         tokens = self._kept[picture.key]
         while self.nbytes > self.most_bytes and self._kept:
@@ -104,7 +110,8 @@ def own_sight(model: "DiffusionGemma", *, ignore_keys: tuple[str, ...] = ()) -> 
     how pictures stand in a prompt."""
     if model.folder is None:
         raise ConfigError("this model was made without a folder, so it has no eyes: load one that has a vision tower.")
-    eyes, config = open_eyes(model.folder, model.config, ignore_keys=ignore_keys), model.config
+    folder, config = model.folder, model.config
+    eyes = open_eyes(folder, config, ignore_keys=ignore_keys)
     begin, image, end = config.boi_token_id, config.image_token_id, config.eoi_token_id
     if begin is None or image is None or end is None:
         raise ConfigError(
@@ -113,4 +120,10 @@ def own_sight(model: "DiffusionGemma", *, ignore_keys: tuple[str, ...] = ()) -> 
         )
     placeholder = model.tokenizer.beside.texts.get("image_token") or Frame.placeholder
     frame = Frame(begin=begin, image=image, end=end, placeholder=placeholder)
-    return Sight(network=model.network, tokenizer=model.tokenizer, eyes=eyes, frame=frame)
+    return Sight(
+        network=model.network,
+        tokenizer=model.tokenizer,
+        eyes=eyes,
+        read=lambda: load_eyes(folder, config, ignore_keys=ignore_keys),
+        frame=frame,
+    )

@@ -24,6 +24,8 @@ def opened(order: Order, served: Served, access: Access) -> Order:
         raise Refused("This model has no vision tower: it reads text alone. Leave the pictures out.", param="messages")
     if not isinstance(of, Conversation):
         return order
+    if parts.has_pictures(of.messages, parts.MEDIA):
+        raise Refused("Videos and PDFs are not read here: send frames and pages as pictures.", param="messages")
     try:
         return replace(order, of=replace(of, messages=parts.opened(of.messages, served.pictures, access=access)))
     except PromptError as error:

@@ -14,7 +14,7 @@ Message = dict[str, Any]
 Fault = type[DiffGemmaError]
 
 READS = frozenset(("text",))  # the kinds of parts that reach the model
-PICTURES = READS | {"image"}  # and where pictures have been taken out of the messages: {"type": "image"} alone is left
+PICTURES = READS | {"image", "video"}  # and where pictures have been taken out of the messages: their places are left
 SEEN = {  # a part that it cannot take in → what that is called
     "image": "an image",
     "image_url": "an image",

@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +24,23 @@ BUDGET = 1120  # soft tokens of a page: print stays legible
 _PDFIUM = threading.Lock()  # the library serves one thread at a time
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pages:
+    """Pages of a PDF, each scaled for the tower when it looks."""
+
+    name: str = field(compare=False)
+    pictures: tuple[Picture, ...]
+    total: int  # pages it has
+    asked: str | None  # which pages, as they were asked for
+    source: str | None = field(default=None, compare=False)  # the path or URL that it was opened from
+
+    def __str__(self) -> str:
+        (w, h), (wide, high) = self.pictures[0].original, self.pictures[0].size
+        tokens = sum(picture.tokens for picture in self.pictures)
+        said = f"{self.name}: {len(self.pictures):,} of {self.total:,} pages; {w} × {h} → {wide} × {high}"
+        return f"{said}, {tokens:,} tokens"
+
+
 def open_pages(
     source: Any,
     config: PictureConfig,
@@ -31,20 +48,28 @@ def open_pages(
     pages: str | None = None,
     budget: int | str | None = None,
     access: Access = ANYWHERE,
-) -> tuple[Picture, ...]:
+) -> Pages:
     """The pages of a PDF, from a path, a `data:` URI, an http(s) URL or bytes, each as a picture at the size its budget
     needs, 1120 soft tokens unless said.
 
     `pages`: "2-5", "1,3", "4-" or None for all. No page is drawn before its picture's `draw`, and none is kept then.
     Errors: PromptError for what is no PDF, is encrypted or broken, for pages it has not, and a missing extra.
     """
+    if isinstance(source, Pages):
+        return source
     tokens = budget_of(budget, BUDGET)
     document = _examined(source, access)
     with document.open() as pdf:
         if not (count := len(pdf)):
             raise PromptError(f"{document.name}: has no pages.")
         numbers = chosen(pages, count, document.name)
-        return tuple(document.page(pdf, number, config, tokens) for number in numbers)
+        return Pages(
+            name=document.name,
+            pictures=tuple(document.page(pdf, number, config, tokens) for number in numbers),
+            total=count,
+            asked=pages,
+            source=os.fspath(source) if isinstance(source, str | os.PathLike) else None,
+        )
 
 
 def chosen(pages: str | None, count: int, name: str) -> list[int]:

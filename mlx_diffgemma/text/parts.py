@@ -1,11 +1,12 @@
 """Pictures among the parts of messages, as people write them: Hugging Face's {"type": "image", "image": …}, OpenAI's
-{"type": "image_url", "image_url": {"url": …, "detail": …}}, and {"type": "input_image", …} of its Responses.
+{"type": "image_url", "image_url": {"url": …, "detail": …}}, and {"type": "input_image", …} of its Responses. Videos,
+{"type": "video", "video": …}, and PDFs, {"type": "pdf", "pdf": …}, are pictures too.
 
 They are opened where they stand, and taken out before a conversation is checked and rendered: what is left of them is
-{"type": "image"}, for which the chat template writes a placeholder.
+{"type": "image"}, for which the chat template writes a placeholder, and of a video its place and its frames' labels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +14,21 @@ from ..errors import PromptError
 from ..values import shown
 from .gate import Message
 from .images import Picture, PictureConfig, open_picture
+from .pages import Pages, open_pages
 from .sources import ANYWHERE, Access, decoded
+from .video import FRAMES, Video, open_video
 
-KINDS = ("image", "image_url", "input_image")
-SOURCES = ("image", "url", "path", "base64", "image_url")  # keys of a part that say where its picture is
-_HOW = 'expected one of image, url, path, base64, as in {"type": "image", "image": "cat.png"}'
+IMAGES = ("image", "image_url", "input_image")
+MEDIA = ("video", "video_url", "pdf")  # of which each is several pictures
+KINDS = (*IMAGES, *MEDIA)
+Seen = Picture | Video | Pages
+_CALLED = {"image": ("an image", "picture", "cat.png"), "video": ("a video", "video", "cat.mp4")}
+_CALLED |= {"pdf": ("a PDF", "PDF", "report.pdf")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a part says of its picture."""
+    """What a part says of its picture, video or PDF."""
 
     source: Any
     budget: int | str | None
@@ -30,14 +36,17 @@ class Asked:
     @classmethod
     def of(cls, part: Message, where: str) -> "Asked":
         """Errors: PromptError for a part without a source, or with several."""
-        given = [key for key in SOURCES if part.get(key) is not None]
+        kind = _kind(part)
+        called, what, example = _CALLED[kind]
+        given = [key for key in (kind, "url", "path", "base64", f"{kind}_url") if part.get(key) is not None]
         if len(given) != 1:
-            told = f"has {' and '.join(given)}: give one" if given else f"has no picture with it: {_HOW}"
-            raise PromptError(f"{where} is an image, and {told}.")
+            how = f'expected one of {kind}, url, path, base64, as in {{"type": "{kind}", "{kind}": "{example}"}}'
+            told = f"has {' and '.join(given)}: give one" if given else f"has no {what} with it: {how}"
+            raise PromptError(f"{where} is {called}, and {told}.")
         source, budget = part[given[0]], part.get("budget") or part.get("detail")
-        if given[0] == "image_url" and isinstance(source, dict):
+        if given[0] == f"{kind}_url" and isinstance(source, dict):
             source, budget = source.get("url"), source.get("detail") or budget
-        if given[0] == "image":
+        if given[0] == kind:
             return cls(source=source, budget=budget)
         if not isinstance(source, str):
             raise PromptError(f"{where}.{given[0]} is {shown(source)}, expected text.")
@@ -46,35 +55,59 @@ class Asked:
         return cls(source=source, budget=budget)
 
 
-def has_pictures(messages: Any) -> bool:
-    """Whether a conversation, of the right kind or not, has a part that is a picture."""
-    return any(True for _ in _places(messages))
+def has_pictures(messages: Any, kinds: Sequence[str] = KINDS) -> bool:
+    """Whether a conversation, of the right kind or not, has a part that is a picture, or of one of these `kinds`."""
+    return any(part["type"] in kinds for part, _ in _places(messages))
 
 
 def opened(messages: Any, config: PictureConfig, *, access: Access = ANYWHERE) -> Any:
-    """The same conversation; its pictures are opened and scaled, once: {"type": "image", "image": Picture}.
+    """The same conversation; its pictures are opened and scaled, once: {"type": "image", "image": Picture}, and so are
+    {"type": "video", "video": Video} and {"type": "pdf", "pdf": Pages}.
 
     Errors: PromptError for a part without a source, and for whatever is not a picture that can be read.
     """
 
     def change(part: Message, where: str) -> Message:
-        if isinstance(part.get("image"), Picture):
+        kind = _kind(part)
+        if isinstance(part.get(kind), Seen):
             return part
         asked = Asked.of(part, where)
-        return {"type": "image", "image": open_picture(asked.source, config, budget=asked.budget, access=access)}
+        if kind == "image":
+            made = open_picture(asked.source, config, budget=asked.budget, access=access)
+        elif kind == "video":
+            frames, rate = FRAMES if part.get("frames") is None else part["frames"], part.get("rate")
+            made = open_video(asked.source, config, frames=frames, budget=asked.budget, rate=rate, access=access)
+        else:
+            made = open_pages(asked.source, config, pages=part.get("pages"), budget=asked.budget, access=access)
+        return {"type": kind, kind: made}
 
     return _changed(messages, change)
 
 
+def seen(messages: Any) -> list[Seen]:
+    """The pictures, videos and PDFs of a conversation that was `opened`, in order."""
+    return [part[_kind(part)] for part, _ in _places(messages)]
+
+
 def bare(messages: Any) -> Any:
     """A conversation without its pictures, for those who check the rest of it."""
-    return _changed(messages, lambda part, where: {"type": "image"})
+    return _changed(messages, _place)
 
 
 def taken_out(messages: Any) -> tuple[Any, list[Picture]]:
     """A conversation that was `opened`, without its pictures, and these in order."""
-    pictures = [part["image"] for part, _ in _places(messages)]
+    pictures = [p for shown in seen(messages) for p in ((shown,) if isinstance(shown, Picture) else shown.pictures)]
     return bare(messages), pictures
+
+
+def _place(part: Message, where: str) -> Message | list[Message]:
+    """What is left of a part: where its pictures are."""
+    found = part.get(_kind(part))
+    if isinstance(found, Pages):
+        return [{"type": "image"} for _ in found.pictures]
+    if _kind(part) == "video":
+        return {"type": "video", "labels": list(found.labels)} if isinstance(found, Video) else {"type": "video"}
+    return {"type": "image"}
 
 
 def written(messages: Any) -> Any:
@@ -83,19 +116,30 @@ def written(messages: Any) -> Any:
     Errors: PromptError for one that came from neither."""
 
     def change(part: Message, where: str) -> Message:
-        picture = part["image"]
-        if picture.source is None:
-            raise PromptError(f"{where} is {picture.name}, which cannot be written: give pictures as files or URLs.")
-        return {"type": "image", "image": picture.source, "budget": picture.budget}
+        kind = _kind(part)
+        found = part[kind]
+        if found.source is None:
+            raise PromptError(f"{where} is {found.name}, which cannot be written: give pictures as files or URLs.")
+        return {"type": kind, kind: found.source, **_options(found)}
 
     return _changed(messages, change)
+
+
+def _options(found: Seen) -> Message:
+    """How a picture, video or PDF was asked for, as a part says it."""
+    if isinstance(found, Picture):
+        return {"budget": found.budget}
+    options: Message = {"budget": found.pictures[0].budget}
+    if isinstance(found, Pages):
+        return options | ({"pages": found.asked} if found.asked is not None else {})
+    return options | {"frames": len(found.pictures)} | ({"rate": found.rate} if found.rate_from == "asked" else {})
 
 
 def with_budget(messages: Any, budget: int | str) -> Any:
     """The same conversation; pictures that ask for no budget get this one."""
 
     def change(part: Message, where: str) -> Message:
-        url = part.get("image_url")
+        url = part.get(f"{_kind(part)}_url")
         own = part.get("budget") or part.get("detail") or (isinstance(url, dict) and url.get("detail"))
         return part if own else part | {"budget": budget}
 
@@ -118,6 +162,11 @@ def check_literals(value: Any, placeholder: str, where: str) -> None:
             level += [(entry, f"{place}[{i}]") for i, entry in enumerate(node)]
 
 
+def _kind(part: Message) -> str:
+    """image, video or pdf."""
+    return "image" if part["type"] in IMAGES else part["type"].removesuffix("_url")
+
+
 def _places(messages: Any) -> Iterator[tuple[Message, str]]:
     """Every part that is a picture, and what errors call it."""
     for i, message in enumerate(messages if isinstance(messages, list | tuple) else ()):
@@ -127,13 +176,18 @@ def _places(messages: Any) -> Iterator[tuple[Message, str]]:
                 yield part, f"messages[{i}].content[{j}]"
 
 
-def _changed(messages: Any, change: Callable[[Message, str], Message]) -> Any:
-    """The same conversation with every picture's part changed."""
+def _changed(messages: Any, change: Callable[[Message, str], Message | list[Message]]) -> Any:
+    """The same conversation with every picture's part changed, into several if need be."""
     if not has_pictures(messages):
         return messages
-    made = {id(part): change(part, where) for part, where in _places(messages)}
+    made: dict[int, Message | list[Message]] = {id(part): change(part, where) for part, where in _places(messages)}
+
+    def parts(part: Any) -> list[Any]:
+        new = made.get(id(part), part)
+        return new if isinstance(new, list) and id(part) in made else [new]
+
     return [
-        message | {"content": [made.get(id(part), part) for part in message["content"]]}
+        message | {"content": [new for part in message["content"] for new in parts(part)]}
         if isinstance(message, dict) and isinstance(message.get("content"), list | tuple)
         else message
         for message in messages

@@ -8,13 +8,22 @@ where the tokenizer knows them as tokens; where it does not, the text is encoded
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import TokenizerError
 from . import control
 
 IMAGE = "<|image|>"
+VIDEO = "<|video|>"
 Encode = Callable[[str], list[int]]
 Span = tuple[int, int]  # first id, and the one behind the last
+
+
+def labels(messages: Sequence[dict[str, Any]]) -> list[Sequence[str]]:
+    """When each frame is shown, of every video in a conversation whose pictures have been taken out."""
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return [part.get("labels", ()) for part in parts if part.get("type") == "video"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +38,19 @@ class Frame:
     def count(self, text: str) -> int:
         """Placeholders that the template wrote: those of users are between marks."""
         return len(self._pattern.findall(text))
+
+    def filmed(self, text: str, videos: Sequence[Sequence[str]], name: str) -> str:
+        """A rendered conversation in whose words each video is its frames, by their labels: `00:00 <|image|> 00:01 …`
+        (transformers Gemma4Processor.replace_video_token). Errors: TokenizerError where the template, which `name`
+        calls, does not write one placeholder for each video."""
+        first, *others = _behind_no_mark(VIDEO).split(text)
+        if len(others) != len(videos):
+            raise TokenizerError(
+                f"{name} writes {len(others)} placeholders {VIDEO} for {len(videos)} videos.\nPut them into messages of"
+                " the user; or take the chat template of the original checkpoint; or give the frames as pictures."
+            )
+        words = [" ".join(f"{label} {self.placeholder}" for label in labels) for labels in videos]
+        return first + "".join(a + b for a, b in zip(words, others, strict=True))
 
     def encoded(
         self, text: str, tokens: Sequence[int], encode: Encode, piece: Callable[[int], str]
@@ -72,4 +94,8 @@ class Frame:
 
     @property
     def _pattern(self) -> re.Pattern[str]:
-        return re.compile(f"(?<!{control.START}){re.escape(self.placeholder)}")
+        return _behind_no_mark(self.placeholder)
+
+
+def _behind_no_mark(placeholder: str) -> re.Pattern[str]:
+    return re.compile(f"(?<!{control.START}){re.escape(placeholder)}")

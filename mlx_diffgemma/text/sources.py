@@ -62,11 +62,12 @@ def opened(source: str | os.PathLike[str] | bytes, access: Access = ANYWHERE) ->
         yield name, file
 
 
-def check(source: str) -> None:
+def check(source: str, *, folders: bool = False) -> None:
     """Errors: PromptError for a path at which there is nothing to read; URLs and data: URIs are not looked at."""
     if not _scheme(source):
         with _explained(shortened(source)):
-            _check_file(shortened(source), Path(source))
+            if not (folders and Path(source).is_dir()):
+                _check_file(shortened(source), Path(source))
 
 
 def _read(source: str | os.PathLike[str], access: Access) -> tuple[str, bytes]:

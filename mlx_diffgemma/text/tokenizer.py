@@ -12,7 +12,7 @@ from . import control, template
 from .channels import CHANNEL, OPEN, TOOL_CALL, Markers, Parts, parse_calls
 from .dialects import FILE, Beside, read_beside, read_fast
 from .gate import PICTURES, READS, Message, check_messages, check_text, check_tools
-from .placing import Frame, Span
+from .placing import VIDEO, Frame, Span, labels
 from .vocabularies import FastVocabulary, SentencePieceVocabulary, Vocabulary
 
 
@@ -135,10 +135,12 @@ class Tokenizer:
         sanitize_control_tokens: bool = False,
     ) -> tuple[list[int], list[Span]]:
         """`apply_chat_template` of messages with parts {"type": "image"} that stand for pictures of so many soft
-        `tokens` each; and which ids those are. Errors: TokenizerError, also where the template does not write one
-        placeholder for each picture."""
-        marked = (*self._control_tokens(tools), frame.placeholder) if sanitize_control_tokens else ()
+        `tokens` each; and which ids those are. A part {"type": "video", "labels": …} stands for a picture with each
+        label. Errors: TokenizerError, also where the template does not write one placeholder for each picture."""
+        marked = (*self._control_tokens(tools), frame.placeholder, VIDEO) if sanitize_control_tokens else ()
         text = self._render(messages, enable_thinking, tools, template_options, marked, PICTURES)
+        if videos := labels(messages):
+            text = frame.filmed(text, videos, self.template(tools)[1])
         if (found := frame.count(text)) != len(tokens):
             raise TokenizerError(
                 f"{self.template(tools)[1]} writes {found} placeholders {frame.placeholder} for {len(tokens)} pictures."

@@ -6,9 +6,9 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -32,8 +32,9 @@ class Video:
     seconds: tuple[float, ...]
     total: int  # frames there were to choose from
     rate: float  # frames a second
-    stated: bool = True  # False: nobody said the rate
+    rate_from: Literal["file", "asked", "assumed"]
     sound: bool = False  # it has some, which nobody hears
+    source: str | None = field(default=None, compare=False)  # the path or URL that it was opened from
 
     @property
     def tokens(self) -> int:
@@ -43,18 +44,18 @@ class Video:
     @property
     def labels(self) -> tuple[str, ...]:
         """When each frame is shown: minutes:seconds, rounded down."""
-        return tuple(f"{int(s // 60):02d}:{int(s % 60):02d}" for s in self.seconds)
-
-    def text(self, picture: str) -> str:
-        """What stands in the prompt for the video; `picture` stands for each frame."""
-        return " ".join(f"{label} {picture}" for label in self.labels)
+        return tuple(map(_label, self.seconds))
 
     def __str__(self) -> str:
         (w, h), (wide, high) = self.pictures[0].original, self.pictures[0].size
         said = f"{self.name}: {len(self.pictures):,} of {self.total:,} frames, {self.total / self.rate:.1f} seconds"
-        said += f"{'' if self.stated else f' at the {self.rate:g} frames a second that are assumed'}"
+        said += f" at the {self.rate:g} frames a second that are assumed" if self.rate_from == "assumed" else ""
         said += f"; {w} × {h} → {wide} × {high}, {self.tokens:,} tokens"
         return said + ("; its sound is ignored" if self.sound else "")
+
+
+def _label(seconds: float) -> str:
+    return f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"
 
 
 def open_video(
@@ -75,9 +76,15 @@ def open_video(
     """
     if isinstance(source, Video):
         return source
+    made = _sampled(source, config, frames, budget_of(budget, BUDGET), rate, access)
+    return replace(made, source=os.fspath(source) if isinstance(source, str | os.PathLike) else None)
+
+
+def _sampled(
+    source: Source, config: PictureConfig, frames: int, tokens: int, rate: float | None, access: Access
+) -> Video:
     if type(frames) is not int or frames < 1:
         raise PromptError(f"the frames of a video are {frames!r}; expected a whole number of at least 1.")
-    tokens = budget_of(budget, BUDGET)
     if _is_folder(source, access):
         source = Path(source)
         return _from_pictures(shortened(str(source)), _in_order(source), config, frames, tokens, rate, access)
@@ -144,7 +151,7 @@ def _from_pictures(
         seconds=tuple(n / each for n in numbers),
         total=len(pictures),
         rate=float(each),
-        stated=rate is not None,
+        rate_from="assumed" if rate is None else "asked",
     )
 
 
@@ -159,26 +166,27 @@ def _from_file(name: str, file: IO[bytes], config: PictureConfig, frames: int, b
             total = sum(1 for _ in container.decode(stream))
     numbers = sampled(frames, total, name)
     with _container(name, file) as (container, stream):
-        pictures = _pictures(name, container.decode(stream), numbers, config, budget)
+        pictures = _pictures(name, container.decode(stream), numbers, rate or RATE, config, budget)
     return Video(
         name=name,
         pictures=pictures,
         seconds=tuple(n / (rate or RATE) for n in numbers),
         total=total,
         rate=rate or RATE,
-        stated=bool(rate),
+        rate_from="file" if rate else "assumed",
         sound=sound,
     )
 
 
 def _pictures(
-    name: str, decoded: Iterator[Any], numbers: list[int], config: PictureConfig, budget: int
+    name: str, decoded: Iterator[Any], numbers: list[int], rate: float, config: PictureConfig, budget: int
 ) -> tuple[Picture, ...]:
     """The frames of these numbers, scaled one after the other; the decoder is asked for none behind the last."""
     wanted, pictures = set(numbers), []
     for number, frame in enumerate(decoded):
         if number in wanted:
-            pictures.append(from_pixels(name, _upright(frame), config, budget))  # and the frame is let go
+            at = f"{name}, {_label(number / rate)}"
+            pictures.append(from_pixels(at, _upright(frame), config, budget))  # and the frame is let go
         if number == numbers[-1]:
             return tuple(pictures)
     raise PromptError(f"{name}: cannot be read to its end: {len(pictures):,} of {len(numbers):,} frames are there.")

@@ -1,6 +1,7 @@
 """Prompts with pictures, from parts to answers: looked at once, kept over turns by what they show, and refused where
 they cannot be seen."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -47,7 +48,7 @@ def test_parts_are_what_the_engine_is_given(model: DiffusionGemma) -> None:
     for placed, source in zip(prompt.pictures, (picture(1), picture(2, 9, 60)), strict=True):
         seen = open_picture(source, config)
         assert placed.stop - placed.start == seen.tokens
-        tokens = model.seeing.eyes.see(mx.array(seen.patches()), seen.columns)
+        tokens = model.seeing.read().see(mx.array(seen.patches()), seen.columns)
         blocks.append(Block(start=placed.start, stop=placed.stop, features=lambda tokens=tokens: tokens))
     settings = model.generation_config
     noise = SeededNoise([3], length=small.CANVAS, vocabulary=model.config.vocab_size)
@@ -126,12 +127,25 @@ def test_the_mask_is_reported_and_makes_a_difference(model: DiffusionGemma) -> N
 def test_pictures_are_looked_at_once_and_remembered_within_bounds(model: DiffusionGemma) -> None:
     seen = [open_picture(picture(seed), model.seeing.pictures) for seed in (1, 2, 3)]
     size = model.seeing.looks.at(seen[0]).nbytes
-    looks = Looks(model.seeing.eyes, most_bytes=2 * size)
+    looks = Looks(model.seeing.read, most_bytes=2 * size)
     for number, taken in ((0, 1), (1, 2), (0, 2), (2, 3), (0, 3), (1, 4)):
         looks.at(seen[number])
         assert looks.taken == taken and looks.nbytes <= 2 * size
-    small_ = Looks(model.seeing.eyes, most_bytes=0)
+    small_ = Looks(model.seeing.read, most_bytes=0)
     assert small_.at(seen[0]).shape == (seen[0].tokens, 32) and small_.nbytes == 0
+
+
+def test_threads_take_turns(model: DiffusionGemma) -> None:
+    """Who opens the eyes, who looks first and who looks again may be three, two of which have ended."""
+    fresh, told = load(model.folder), list[Any]()
+    prompt = asked("What?", picture(1))
+    works: list[Callable[[], Any]] = [lambda: fresh.read(prompt)]
+    works += [lambda: told.append(one(fresh.generate(prompt, seed=1, **BRIEF)).tokens)] * 2
+    for work in works:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert told == [one(model.generate(prompt, seed=1, **BRIEF)).tokens] * 2
 
 
 TURNS: list[Any] = [

@@ -63,6 +63,15 @@ def test_the_same_picture_is_not_encoded_again_and_another_is(server: Running) -
     assert other["prompt_tokens"] == again["prompt_tokens"] and other["prompt_tokens_details"]["cached_tokens"] < 20
 
 
+@pytest.mark.parametrize("kind", ["video", "video_url", "pdf"])
+def test_videos_and_documents_are_refused(server: Running, kind: str) -> None:
+    """Their readers are large, and strangers' files."""
+    part = {"type": kind, kind: "data:application/pdf;base64,JVBERi0="}
+    answer = server.post({"messages": [{"role": "user", "content": [part]}]})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("Videos and PDFs are not read here: send frames and pages")
+
+
 def test_other_protocols(server: Running) -> None:
     expected = server.post(body(uri()) | {"seed": 1}).json()["usage"]["prompt_tokens"]
     source = {"type": "base64", "media_type": "image/png", "data": data()}

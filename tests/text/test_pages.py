@@ -1,6 +1,7 @@
 """Pages of PDFs: where they are drawn and when, what is kept of them, every refusal."""
 
 import base64
+import gc
 import io
 import re
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from mlx_diffgemma.errors import PromptError
-from mlx_diffgemma.text import pages
+from mlx_diffgemma.text import pages, parts
 from mlx_diffgemma.text.images import Picture, PictureConfig
 from mlx_diffgemma.text.pages import chosen, open_pages
 from mlx_diffgemma.text.sources import Access
@@ -58,7 +59,7 @@ THREE = written([grey(50), grey(100), grey(150)])
 def test_a_page_fills_its_budget_and_stands_upright() -> None:
     """Red at the top left, blue at the bottom right, white where nothing is drawn."""
     corners = b"1 0 0 rg 0 421 298 421 re f 0 0 1 rg 297 0 298 421 re f"
-    [page] = open_pages(written([corners]), CONFIG)
+    [page] = open_pages(written([corners]), CONFIG).pictures
     assert (page.size, page.tokens, page.original) == ((1344, 1872), 1092, A4)
     pixels = page.draw()
     assert (pixels.dtype, pixels.shape) == (np.uint8, (1872, 1344, 3))
@@ -76,12 +77,12 @@ def test_pages_are_taken_as_named() -> None:
         ("6-", (6, 7)),
         ("7, 1", (7, 1)),
     ):
-        drawn = [int(page.draw()[0, 0, 0]) for page in open_pages(document, SMALL, pages=asked, budget=70)]
+        drawn = [int(page.draw()[0, 0, 0]) for page in open_pages(document, SMALL, pages=asked, budget=70).pictures]
         assert drawn == [10 * number for number in expected]
 
 
 def test_a_page_is_turned_as_it_says() -> None:
-    [page] = open_pages(written([b"1 0 0 rg 0 600 100 242 re f"], page=b"/Rotate 90"), CONFIG)
+    [page] = open_pages(written([b"1 0 0 rg 0 600 100 242 re f"], page=b"/Rotate 90"), CONFIG).pictures
     assert page.original == A4[::-1] and page.draw()[9, -9].tolist() == [255, 0, 0]
 
 
@@ -97,15 +98,17 @@ def test_filled_forms_and_notes_are_drawn() -> None:
         + extra % (field, look, b"0 1 0 rg 0 0 200 200 re f     ")
         + b"trailer\n<< /Root 1 0 R >>\n"
     )
-    [page] = open_pages(body, CONFIG)
+    [page] = open_pages(body, CONFIG).pictures
     assert page.draw()[1872 - 440, 440].tolist() == [0, 255, 0]
 
 
 def test_a_page_says_how_it_was_scaled(tmp_path: Path) -> None:
     path = tmp_path / "report.pdf"
     path.write_bytes(THREE)
-    said = str(open_pages(path, CONFIG, pages="2")[0])
-    assert said.endswith("report.pdf, page 2: 595 × 842 → 1344 × 1872, 1092 tokens of 1120")
+    seen = open_pages(path, CONFIG, pages="2-3")
+    said = "595 × 842 → 1344 × 1872"
+    assert str(seen).endswith(f"report.pdf: 2 of 3 pages; {said}, 2,184 tokens")
+    assert str(seen.pictures[0]).endswith(f"report.pdf, page 2: {said}, 1092 tokens of 1120")
 
 
 def test_keys_tell_documents_pages_and_budgets_apart(tmp_path: Path) -> None:
@@ -113,11 +116,11 @@ def test_keys_tell_documents_pages_and_budgets_apart(tmp_path: Path) -> None:
     path.write_bytes(THREE)
     uri = "data:application/pdf;base64," + base64.b64encode(THREE).decode()
     sources: list[Any] = [THREE, bytearray(THREE), memoryview(THREE), path, str(path), uri]
-    assert len({tuple(page.key for page in open_pages(source, SMALL)) for source in sources}) == 1
+    assert len({tuple(page.key for page in open_pages(source, SMALL).pictures) for source in sources}) == 1
     other = written([grey(50), grey(100), grey(151)])
     seen = [open_pages(THREE, SMALL), open_pages(other, SMALL), open_pages(THREE, SMALL, budget=70)]
     seen += [open_pages(THREE, CONFIG)]
-    assert len({page.key for each in seen for page in each}) == 12
+    assert len({page.key for each in seen for page in each.pictures}) == 12
 
 
 def test_all_sources_draw_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,8 +129,24 @@ def test_all_sources_draw_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     near = open_pages("a.pdf", SMALL)
     monkeypatch.chdir("/")
-    for one, other in zip(near, open_pages(THREE, SMALL), strict=True):
+    for one, other in zip(near.pictures, open_pages(THREE, SMALL).pictures, strict=True):
         assert np.array_equal(one.draw(), other.draw())
+
+
+def test_pages_are_pictures_in_messages(tmp_path: Path) -> None:
+    path = tmp_path / "report.pdf"
+    path.write_bytes(THREE)
+    part = {"type": "pdf", "pdf": str(path), "budget": 70, "pages": "2-3"}
+    messages = parts.opened([{"role": "user", "content": [part, {"type": "text", "text": "Hi"}]}], SMALL)
+    rest, pictures = parts.taken_out(messages)
+    assert rest == [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Hi"}]}]
+    assert [int(page.draw()[0, 0, 0]) for page in pictures] == [100, 150]
+    assert parts.written(messages)[0]["content"][0] == part
+    [same] = parts.seen(parts.opened(messages, CONFIG))
+    assert same is parts.seen(messages)[0]
+    code = {"type": "pdf", "base64": base64.b64encode(THREE).decode()}
+    [whole] = parts.seen(parts.opened([{"role": "user", "content": [code]}], SMALL))
+    assert len(whole.pictures) == 3 and whole.pictures[0].budget == 1120
 
 
 # --- What is kept
@@ -143,6 +162,7 @@ def test_one_page_is_kept_at_a_time(count: int, monkeypatch: pytest.MonkeyPatch)
     draw, init = pages._drawn, pypdfium2.PdfDocument.__init__
 
     def live(kept: list[weakref.ref[Any]]) -> int:
+        gc.collect()
         return sum(one() is not None for one in kept)
 
     def spy(*args: Any) -> np.ndarray:
@@ -156,7 +176,7 @@ def test_one_page_is_kept_at_a_time(count: int, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(pages, "_drawn", spy)
     monkeypatch.setattr(pypdfium2.PdfDocument, "__init__", opened)
-    seen = open_pages(written([grey(n) for n in range(count)]), SMALL)
+    seen = open_pages(written([grey(n) for n in range(count)]), SMALL).pictures
     assert (len(seen), len(drawn), live(documents)) == (count, 0, 0)
     for number, page in enumerate(seen):
         assert abs(page.patches() * 255 - number).max() < 0.5
@@ -168,7 +188,7 @@ SCAN = """
 import resource, sys
 from mlx_diffgemma.text.images import PictureConfig
 from mlx_diffgemma.text.pages import open_pages
-seen = open_pages(sys.argv[1], PictureConfig())
+seen = open_pages(sys.argv[1], PictureConfig()).pictures
 total = sum(float(page.patches()[0, 0]) for page in seen)
 print(len(seen), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 """
@@ -190,7 +210,7 @@ def test_a_long_document_takes_no_more_memory(tmp_path: Path) -> None:
 
 
 def test_threads_take_turns() -> None:
-    seen = open_pages(THREE, SMALL, budget=70)
+    seen = open_pages(THREE, SMALL, budget=70).pictures
     wrong: list[int] = []
 
     def look(page: Picture, level: int) -> None:
@@ -253,7 +273,7 @@ def test_what_is_no_document_is_refused(case: str) -> None:
 def test_a_document_that_changes_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pdf"
     path.write_bytes(THREE)
-    [page, *_] = open_pages(path, SMALL)
+    [page, *_] = open_pages(path, SMALL).pictures
     path.write_bytes(written([grey(1)]))
     with pytest.raises(PromptError, match=r"a\.pdf: was changed or removed after it was opened"):
         page.draw()

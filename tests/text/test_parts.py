@@ -11,7 +11,7 @@ import pytest
 
 from mlx_diffgemma.errors import PromptError
 from mlx_diffgemma.text.images import Picture, PictureConfig
-from mlx_diffgemma.text.parts import bare, check_literals, has_pictures, opened, taken_out, with_budget, written
+from mlx_diffgemma.text.parts import bare, check_literals, has_pictures, opened, seen, taken_out, with_budget, written
 from mlx_diffgemma.text.sources import Access
 from tests.seeing import picture
 
@@ -93,6 +93,39 @@ def test_opened_ones_are_written_as_files_and_urls(tmp_path: Path) -> None:
         written(opened(said({"type": "image", "image": picture()}), CONFIG))
 
 
+def frames(folder: Path, count: int = 3) -> Path:
+    """A folder with a video's frames."""
+    for number in range(count):
+        picture(number).save(folder / f"{number}.png")
+    return folder
+
+
+def test_videos_are_pictures_with_labels(tmp_path: Path) -> None:
+    folder = frames(tmp_path)
+    part = {"type": "video", "video": str(folder), "frames": 3, "rate": 0.5, "budget": 140}
+    messages = opened(said({"type": "image", "image": URI}, part, {"type": "text", "text": "Hi"}), CONFIG)
+    rest, pictures = taken_out(messages)
+    assert [part["type"] for part in rest[0]["content"]] == ["image", "video", "text"]
+    assert rest[0]["content"][1]["labels"] == ["00:00", "00:02", "00:04"]
+    assert [p.budget for p in pictures] == [280, 140, 140, 140] and pictures[1].key != pictures[2].key
+    assert written(opened(said(part), CONFIG)) == said(part)
+    assert [str(found)[:8] for found in seen(messages)][1] == str(folder)[:8]
+    again = opened(messages, CONFIG)
+    assert taken_out(again)[1] == pictures
+    forms: list[dict[str, Any]] = [{"type": "video", "path": str(folder)}, {"type": "video", "video": folder}]
+    forms += [{"type": "video", "video": [str(folder / f"{n}.png") for n in range(3)]}]
+    for form in forms:
+        assert taken_out(opened(said(form | {"frames": 3}), CONFIG))[1][1].tokens <= 70
+    with pytest.raises(PromptError, match="which cannot be written: give pictures as files"):
+        written(opened(said(forms[2] | {"frames": 3}), CONFIG))
+
+
+def test_budgets_of_videos() -> None:
+    part = {"type": "video", "video": [picture(1)], "frames": 1}
+    assert taken_out(opened(with_budget(said(part), 140), CONFIG))[1][0].budget == 140
+    assert taken_out(opened(with_budget(said(part | {"budget": "low"}), 140), CONFIG))[1][0].budget == 70
+
+
 @pytest.mark.parametrize(
     ("part", "words"),
     [
@@ -113,6 +146,16 @@ def test_opened_ones_are_written_as_files_and_urls(tmp_path: Path) -> None:
         ({"type": "image", "image": b""}, "has zero bytes"),
         ({"type": "image", "path": "/nowhere/a.png"}, "/nowhere/a.png: this path does not exist"),
         ({"type": "image", "url": "file:///a.png"}, "file: is not fetched"),
+        (
+            {"type": "video"},
+            'is a video, and has no video with it: expected one of video, url, path, base64, as in {"ty',
+        ),
+        ({"type": "video", "video": "/nowhere/a.mp4"}, "/nowhere/a.mp4: this path does not exist"),
+        ({"type": "video", "video": [picture()]}, "32 frames are asked for, and it has 1"),
+        ({"type": "video", "video": [picture()], "frames": 1, "rate": "x"}, "frames a second of a video are 'x'"),
+        ({"type": "video_url", "video_url": {"url": "file:///a.mp4"}}, "file: is not fetched"),
+        ({"type": "pdf", "image": "a.pdf"}, "is a PDF, and has no PDF with it: expected one of pdf, url, path, base64"),
+        ({"type": "pdf", "pdf": b"hello"}, "is not a PDF"),
     ],
 )
 def test_what_is_no_picture_is_named(part: dict[str, Any], words: str) -> None:

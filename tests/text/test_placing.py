@@ -1,17 +1,21 @@
 """Ids of prompts with pictures: those of transformers' processor, and none that a user's text can move."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
+from transformers.video_utils import VideoMetadata
 
 from mlx_diffgemma.errors import TokenizerError
 from mlx_diffgemma.text.images import PictureConfig, open_picture
 from mlx_diffgemma.text.parts import opened, taken_out
 from mlx_diffgemma.text.placing import Frame
 from mlx_diffgemma.text.tokenizer import Tokenizer
+from mlx_diffgemma.text.video import open_video
 from tests import seeing, small
 from tests.seeing import BOI, BUDGET, EOI, IMAGE, picture
 from tests.text.processor import Processor, processor
@@ -77,6 +81,41 @@ def test_ids_are_the_processors(name: str, sanitize: bool, tokenizer: Tokenizer,
     soft = [i for start, stop in spans for i in range(start, stop)]
     assert soft == [i for i, kind in enumerate(right["mm_token_type_ids"][0]) if kind == 1]
     assert all(ids[start - 1] == BOI and ids[stop] == EOI for start, stop in spans)
+
+
+@pytest.mark.parametrize("sanitize", [False, True])
+def test_ids_of_videos_are_the_processors(sanitize: bool, tokenizer: Tokenizer, theirs: Processor) -> None:
+    """Its words for each video, with our picture's token: a checkpoint of this model has no other."""
+    films = [
+        open_video([picture(n, 40, 20) for n in range(count)], PICTURES, frames=count, rate=0.7) for count in (3, 1)
+    ]
+    parts = [{"type": "video", "video": film} for film in films]
+    content = [image(7, 20, 20), text("Look: "), parts[0], text(" and "), parts[1], text("Which?")]
+    messages = [{"role": "user", "content": content}]
+    written = theirs.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    for film in films:
+        metadata = VideoMetadata(total_num_frames=film.total, fps=0.7, frames_indices=list(range(film.total)))
+        inputs = {"num_soft_tokens_per_video": [film.pictures[0].tokens], "video_metadata": [metadata]}
+        words = SimpleNamespace(boi_token="<|image>", video_token="<|image|>", eoi_token="<image|>")
+        written = written.replace("<|video|>", Gemma4Processor.replace_video_token(words, inputs, 0), 1)
+    first = open_picture(content[0]["image"], PICTURES).tokens
+    written = written.replace("<|image|>", f"<|image>{'<|image|>' * first}<image|>", 1)
+    ids, spans = place(tokenizer, messages, sanitize_control_tokens=sanitize)
+    assert ids == theirs.tokenizer(written, add_special_tokens=False)["input_ids"]
+    assert len(spans) == 5 and "00:02" in tokenizer.decode(ids)
+
+
+def test_videos_have_their_places(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    film = {"type": "video", "video": [picture(1)], "frames": 1}
+    messages = [{"role": "user", "content": [text("<|video|> is"), film]}]
+    ids, [_] = place(tokenizer, messages, sanitize_control_tokens=True)
+    assert "<|video|> is00:00 " in tokenizer.decode(ids)
+    with pytest.raises(TokenizerError, match=r"writes 2 placeholders <\|video\|> for 1 videos"):
+        place(tokenizer, messages)
+    seeing.write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(seeing.TEMPLATE.replace("<|video|>", ""))
+    with pytest.raises(TokenizerError, match=r"chat_template.jinja writes 0 placeholders <\|video\|> for 1 videos"):
+        place(Tokenizer.load(tmp_path), [{"role": "user", "content": [film]}])
 
 
 @settings(max_examples=60)

@@ -21,6 +21,7 @@ from transformers.video_utils import VideoMetadata, default_sample_indices_fn, r
 from mlx_diffgemma.errors import PromptError
 from mlx_diffgemma.text import video
 from mlx_diffgemma.text.images import PictureConfig, from_pixels
+from mlx_diffgemma.text.placing import Frame
 from mlx_diffgemma.text.sources import Access
 from mlx_diffgemma.text.video import Video, open_video, sampled
 
@@ -90,7 +91,8 @@ def test_the_words_are_the_references(rate: str) -> None:
     [count] = {picture.tokens for picture in seen.pictures}
     inputs = {"num_soft_tokens_per_video": [count], "video_metadata": [metadata]}
     expected = Gemma4Processor.replace_video_token(words, inputs, 0)
-    assert seen.text(f"<|image>{'<|video|>' * count}<image|>") == expected
+    frame = Frame(begin=0, image=1, end=2, placeholder=f"<|image>{'<|video|>' * count}<image|>")
+    assert frame.filmed("Look: <|video|>!", [seen.labels], "template") == f"Look: {expected}!"
     assert seen.tokens == 7 * count and count > 60
 
 
@@ -127,6 +129,7 @@ def test_a_video_says_what_was_sampled(tmp_path: Path) -> None:
     tokens = f"64 × 48 → 432 × 336, {4 * 63} tokens"
     assert str(seen).endswith(f"film.mp4: 4 of 40 frames, 5.0 seconds; {tokens}; its sound is ignored")
     assert "sound" not in str(open_video(filmed(), CONFIG, frames=4))
+    assert [picture.name for picture in seen.pictures] == [f"{path}, 00:0{n}" for n in range(4)]
 
 
 def test_more_frames_and_other_budgets() -> None:
