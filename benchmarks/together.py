@@ -100,7 +100,6 @@ def losses(kind: str, runs: int, longest: float, seed: int) -> bool:
 def bits(hidden: int, layers: int) -> bool:
     """Hashes of ids and entropies; what a machine holds."""
     from mlx_diffgemma import load
-    from mlx_diffgemma.model.memory import weight_bytes
     from tests import synthetic
     from tests.pipeline import shared_runs
 
