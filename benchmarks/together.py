@@ -85,7 +85,8 @@ def one_loss(rng: random.Random, kind: str, longest: float) -> list[object]:
             os.killpg(process.pid, signal.SIGKILL)
     lines = [line for line in err.splitlines() if line.startswith("Error:")]
     which = f"number {lost + 1}" if kind == "killed" else "all"
-    return [which, f"{after:.1f}", out.count("\n"), f"{seconds:.1f}" if gone else "never", len(lines), *lines[:1]]
+    said = lines[0] if lines else ""
+    return [which, f"{after:.1f}", out.count("\n"), f"{seconds:.1f}" if gone else "never", len(lines), said]
 
 
 def losses(kind: str, runs: int, longest: float, seed: int) -> bool:

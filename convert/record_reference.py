@@ -39,6 +39,9 @@ any canvas; zeros behind the last step of a shorter one), B rows, L canvas posit
   `settings` in the provenance are the generation options, `margins` how close any decision of the run came to falling
   the other way (logits between the best two tokens, probability about a draw, nats at the entropy bound and at the
   confidence threshold).
+  Runs with pictures have two more, all of noise:
+    pictures   int32 [n, 5]           row, start and stop of its soft tokens in `prompt`, and its patches' rows, columns
+    pixels     uint8 [P, 3 · patch²]  the patches of all pictures, row by row; the tower sees them divided by 255
   What a row "did" after it was settled is transformers' business: compare steps below row_steps alone.
 """
 
@@ -50,7 +53,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -105,9 +108,10 @@ def model_of(config: dict[str, Any]) -> Model:
 
 
 def small_model(config: dict[str, Any], weights: dict[str, Any]) -> Model:
-    """transformers' model in float32 with `random_weights(**weights)`."""
+    """transformers' model in float32 with `random_weights(**weights)`; any tower where the config has none."""
     model = model_of(config)
-    state = {name: value for name, value in model.state_dict().items() if "vision" not in name}
+    sees = "vision_config" in config
+    state = {name: value for name, value in model.state_dict().items() if sees or "vision" not in name}
     shapes = {name: tuple(value.shape) for name, value in state.items() if name != "lm_head.weight"}
     values = random_weights(shapes, **weights)
     for name in shapes:  # the encoder's names for the weights that it shares; its layer scalars stay its own
@@ -312,15 +316,24 @@ def margins(
     return {name: value.cpu().numpy() for name, value in smallest.items()}
 
 
+Picture = np.ndarray  # uint8 [rows, columns, 3 · patch²]
+
+
 def trajectory(
-    model: Model, prompts: list[list[int]], settings: dict[str, Any], seed: int
+    model: Model,
+    prompts: list[list[int]],
+    settings: dict[str, Any],
+    seed: int,
+    pictures: Sequence[Sequence[Picture]] = (),
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Run `generate` on prompts of ids with our GenerationConfig's options; the arrays of a file of kind "trajectory",
-    and its margins."""
+    and its margins. Of `pictures`, a list a prompt, the soft tokens' ids stand in the prompts already."""
     longest = max(map(len, prompts))
     padding = np.array([longest - len(prompt) for prompt in prompts], np.int32)
     rows = [[settings["pad_token_id"]] * pad + ids for pad, ids in zip(padding, prompts, strict=True)]
     prompt = np.array(rows, np.int32)
+    shown = [picture for row in pictures for picture in row]
+    seen = looked_at(model, prompt, shown) if shown else {}
     options = dict(settings)
     config = generation.DiffusionGemmaGenerationConfig(
         max_new_tokens=options.pop("max_tokens"),
@@ -335,6 +348,7 @@ def trajectory(
             torch.from_numpy(prompt).long().to(model.device),
             attention_mask=torch.from_numpy(np.arange(longest)[None] >= padding[:, None]).to(model.device),
             generation_config=config,
+            **{name: torch.from_numpy(array).to(model.device) for name, array in seen.items()},
         )
     canvases = recorder.canvases
     shape = (len(canvases), max(len(canvas.steps) for canvas in canvases), *canvases[0].start.shape)
@@ -365,7 +379,33 @@ def trajectory(
                 smallest[name] = min([smallest[name], *values[alive].tolist()])
             arrays["settled"][c] |= alive & step.done
             alive &= ~step.done
-    return arrays, smallest
+    return arrays | placed(model, prompt, shown), smallest
+
+
+def looked_at(model: Model, prompt: np.ndarray, pictures: list[Picture]) -> dict[str, np.ndarray]:
+    """What transformers' processor hands to `generate` beside the ids: patches and their positions (x, y), filled up to
+    the largest picture, and which ids are soft tokens."""
+    most = max(len(picture) * picture.shape[1] for picture in pictures)
+    pixels = np.zeros((len(pictures), most, pictures[0].shape[-1]), np.float32)
+    positions = np.full((len(pictures), most, 2), -1)
+    for number, picture in enumerate(pictures):
+        rows, columns, width = picture.shape
+        pixels[number, : rows * columns] = picture.reshape(-1, width).astype(np.float32) / 255
+        y, x = np.divmod(np.arange(rows * columns), columns)
+        positions[number, : rows * columns] = np.stack([x, y], axis=-1)
+    kinds = (prompt == model.config.image_token_id).astype(np.int64)
+    return {"pixel_values": pixels, "image_position_ids": positions, "mm_token_type_ids": kinds}
+
+
+def placed(model: Model, prompt: np.ndarray, pictures: list[Picture]) -> dict[str, np.ndarray]:
+    """The arrays `pictures` and `pixels`, or none. Soft tokens of two pictures never touch: eoi and boi part them."""
+    if not pictures:
+        return {}
+    soft = np.pad(prompt == model.config.image_token_id, [(0, 0), (1, 1)]).astype(np.int8)
+    starts, stops = (np.argwhere(np.diff(soft, axis=1) == step) for step in (1, -1))
+    shapes = np.array([picture.shape[:2] for picture in pictures])
+    found = np.concatenate([starts, stops[:, 1:], shapes], axis=1).astype(np.int32)
+    return {"pictures": found, "pixels": np.concatenate([p.reshape(-1, p.shape[-1]) for p in pictures])}
 
 
 # --- What is recorded ----------------------------------------------------------------------------------------------
@@ -410,6 +450,35 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 CANVAS_LENGTH = 24
 
+# A model that sees: soft tokens of 12² pixels, some pictures wider than the window of 16, heads of 12.
+BOI, IMAGE, EOI = 317, 318, 319
+EYES = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "num_hidden_layers": 2,
+    "patch_size": 4,
+    "pooling_kernel_size": 3,
+    "position_embedding_size": 32,
+    "standardize": True,
+    "rope_parameters": {"rope_theta": 100.0, "rope_type": "axial"},
+}
+SEEING = {
+    "config": {
+        "model_type": "diffusion_gemma",
+        "canvas_length": CANVAS_LENGTH,
+        "text_config": SMALL | {"use_bidirectional_attention": "vision"},
+        "vision_config": EYES,
+        "boi_token_id": BOI,
+        "image_token_id": IMAGE,
+        "eoi_token_id": EOI,
+    },
+    "weights": {"seed": 14, "branches": 0.25, "sharpness": 4.0},
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -453,6 +522,7 @@ class Run:
 
     lengths: tuple[int, ...] = ()
     texts: tuple[str, ...] = ()
+    pictures: tuple[tuple[tuple[int, int], ...], ...] = ()  # of each prompt: rows and columns of patches
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -468,6 +538,18 @@ RUNS = {
     "no-stability": Run(lengths=(7,), settings={"stability_threshold": 0, "confidence_threshold": 0.05}),
     "stability-3": Run(lengths=(7,), settings={"stability_threshold": 3}),
     "entropy-bound-1": Run(lengths=(7,), settings={"entropy_bound": 1.0, "t_min": 0.5, "t_max": 1.0}),
+}
+
+ONE_CANVAS = {"max_tokens": CANVAS_LENGTH}
+SEEING_RUNS = {
+    "picture": Run(lengths=(9,), pictures=(((6, 9),),)),
+    "wider-than-the-window": Run(lengths=(6,), pictures=(((15, 12),),), settings=ONE_CANVAS),
+    "a-strip": Run(lengths=(25,), pictures=(((3, 30),),), settings=ONE_CANVAS),
+    "two-pictures": Run(lengths=(14,), pictures=(((12, 6), (6, 6)),), settings=ONE_CANVAS),
+    "three-pictures": Run(lengths=(40,), pictures=(((9, 9), (18, 9), (3, 3)),), settings=ONE_CANVAS),
+    "batch": Run(lengths=(21, 5, 12), pictures=(((9, 6),), ((12, 12), (6, 3)), ()), settings=ONE_CANVAS),
+    "equal-ids": Run(lengths=(8, 8), pictures=(((9, 9),), ((9, 9),)), settings=ONE_CANVAS),
+    "steps-run-out": Run(lengths=(7,), pictures=(((6, 15),),), settings={"max_denoising_steps": 5}),
 }
 
 SUDOKU = "Solve this Sudoku:\n14. 356\n... .4.\n35. 621\n... .3.\n2.6 514\n415 263"
@@ -554,6 +636,34 @@ def record_small(run: Run, device: str) -> Recorded:
     return arrays, provenance | {"model": recipe}
 
 
+def record_seeing(run: Run, device: str) -> Recorded:
+    """A file of kind "trajectory" from the model that sees: random ids with pictures of noise among them."""
+    patch = 3 * EYES["patch_size"] ** 2
+
+    def pictures(seed: int) -> list[list[Picture]]:
+        random = np.random.default_rng([seed, 1])
+        return [[random.integers(0, 256, (*shape, patch), np.uint8) for shape in row] for row in run.pictures]
+
+    def prompts(seed: int) -> list[list[int]]:
+        random = np.random.default_rng(seed)
+        texts = [random.integers(0, BOI, length).tolist() for length in run.lengths]
+        return [with_pictures(ids, shapes) for ids, shapes in zip(texts, run.pictures, strict=True)]
+
+    model = small_model(**SEEING).to(device)
+    arrays, provenance = with_margins(model, prompts, DEFAULTS | run.settings, pictures)
+    return arrays, provenance | {"model": SEEING}
+
+
+def with_pictures(ids: list[int], shapes: Sequence[tuple[int, int]]) -> list[int]:
+    """Ids with every picture's among them, spread evenly, as transformers' processor writes them."""
+    made, done = list[int](), 0
+    for number, (rows, columns) in enumerate(shapes, 1):
+        end = number * len(ids) // (len(shapes) + 1)
+        made += [*ids[done:end], BOI, *[IMAGE] * (rows * columns // EYES["pooling_kernel_size"] ** 2), EOI]
+        done = end
+    return made + ids[done:]
+
+
 def record_built_in(run: Run, device: str) -> Recorded:
     """A file of kind "trajectory" from the built-in model, with prompts in its language."""
     tokenizer = Tokenizer.load(BUILT_IN)
@@ -565,11 +675,16 @@ def record_built_in(run: Run, device: str) -> Recorded:
     return arrays, provenance | {"model": {"folder": BUILT_IN.name, "sha256": digest}}
 
 
-def with_margins(model: Model, prompts: Callable[[int], list[list[int]]], settings: dict[str, Any]) -> Recorded:
+def with_margins(
+    model: Model,
+    prompts: Callable[[int], list[list[int]]],
+    settings: dict[str, Any],
+    pictures: Callable[[int], list[list[Picture]]] = lambda seed: [],
+) -> Recorded:
     """A trajectory from the first seed with which every decision keeps its margin."""
     seed = 0
     while True:
-        arrays, smallest = trajectory(model, prompts(seed), settings, seed)
+        arrays, smallest = trajectory(model, prompts(seed), settings, seed, pictures(seed))
         if all(smallest[name] >= limit for name, limit in MARGINS.items()):
             break
         seed += 1
@@ -589,6 +704,7 @@ def main() -> None:
     for name, dtype in (("small", "float32"), ("real-heads", "float32"), ("real-heads", "bfloat16")):
         jobs[f"logits-{name}-{dtype}"] = partial(record_logits, name, dtype)
     jobs |= {f"trajectory-settling-{name}": partial(record_small, run) for name, run in RUNS.items()}
+    jobs["trajectory-seeing-picture"] = partial(record_seeing, SEEING_RUNS["picture"])
     jobs |= {f"trajectory-demo-{name}": partial(record_built_in, run) for name, run in DEMO_RUNS.items()}
     options.out.mkdir(parents=True, exist_ok=True)
     about = {"device": device_name(options.device), "versions": versions(), "commit": commit()}

@@ -67,6 +67,13 @@ FIGURES = {  # key → what it is called in a table
 @click.option(
     "--decodings", is_flag=True, cls=Option, section="Both decodings", help="Answer the prompts token by token as well."
 )
+@click.option(
+    "--image",
+    type=click.Choice(["70", "140", "280", "560", "1120"]),
+    cls=Option,
+    section="Pictures",
+    help="See a picture of so many soft tokens as well: time and memory of the vision tower.",
+)
 @click.option("--report", metavar="FILE", help="Measure nothing: print a file of figures as a text for an issue.")
 @click.option("--compare", nargs=2, metavar="A.json B.json", help="Measure nothing: print two files side by side.")
 def main(
@@ -78,6 +85,7 @@ def main(
     steps: bool,
     pause: float,
     decodings: bool,
+    image: str | None,
     report: str | None,
     compare: tuple[str, str] | None,
 ) -> None:
@@ -98,6 +106,7 @@ def main(
 
     about = machine() | describe(loaded, source.get("model")) | {"load_seconds": time.perf_counter() - begun}
     found: dict[str, Any] = {}
+    seen = None if image is None else see(loaded, source, int(image), repeat)  # not every pack can
     leave_out(loaded, without)
     prompts = PROMPTS if only or "model" in source else own_prompts()
     by_token: dict[str, Any] = {}
@@ -118,6 +127,8 @@ def main(
         figures["streaming"] = streaming(loaded, found)
     if loaded.network.tuning.share.size > 1:
         figures["sharing"] = sharing(loaded, found)
+    if seen is not None:
+        figures["picture"] = seen
     if steps:
         from .pipeline.speeds import speeds
 
@@ -135,6 +146,8 @@ def main(
         click.echo(_streaming_as_text(figures["streaming"]))
     if "sharing" in figures:
         click.echo(_sharing_as_text(figures["sharing"]))
+    if seen is not None:
+        click.echo(_picture_as_text(seen))
     click.echo(f"Written to {output}. To compare: mlx_diffgemma.bench --compare {output} OTHER.json")
 
 
@@ -214,6 +227,25 @@ def _sharing_as_text(told: dict[str, Any]) -> str:
     )
 
 
+def see(model: "DiffusionGemma", source: dict[str, Any], budget: int, repeat: int) -> dict[str, Any]:
+    """What a picture costs. Errors: ConfigError for a pack without a vision tower."""
+    from .files.eyes import load_eyes
+    from .pipeline.measuring import looking
+
+    eyes = load_eyes(model.folder or Path(), model.config, ignore_keys=source.get("ignore_key", ()))
+    return looking(eyes, budget, repeat)
+
+
+def _picture_as_text(told: dict[str, Any]) -> str:
+    wide, high = told["size"]
+    tower, looked, estimated = (told[f"{key}_bytes"] / 1e9 for key in ("tower", "looking", "estimated"))
+    return (
+        f"A picture, scaled to {wide} × {high}, {told['tokens']} tokens of {told['budget']}:"
+        f" {told['tower_seconds']:.3g} s to see it, {told['scaling_seconds']:.2g} s to scale it; {tower:.3g} GB of"
+        f" tower and {looked:.3g} GB to look (estimated: {estimated:.3g})."
+    )
+
+
 def take_apart(model: "DiffusionGemma", pause: float) -> list[dict[str, Any]]:
     """A step behind each of PREFIXES that fits; the pause comes once."""
     from .model.memory import memory_needed, weight_bytes
@@ -261,6 +293,7 @@ def as_text(figures: dict[str, Any]) -> str:
             scaled = [run[key] * (1e-9 if key.endswith("_bytes") else 1) for key in FIGURES]
             lines.append(f"| {name} | " + " | ".join(f"{value:.3g}" for value in scaled) + " |")
     lines += ["", _streaming_as_text(figures["streaming"])] if "streaming" in figures else []
+    lines += ["", _picture_as_text(figures["picture"])] if "picture" in figures else []
     lines += ["", *_steps_as_text(figures)]
     return "\n".join(lines).strip()
 

@@ -1,8 +1,8 @@
 """`mlx_diffgemma.check`: does this installation, on this device, compute what the reference computes?
 
-Four parts: recordings of transformers are replayed; products and attention of the shapes the model uses, ragged edges
-included, are compared with the same in float64; so is what only a device can show; and a pack of the released model is
-compared with its published logits.
+Five parts: recordings of transformers are replayed; products and attention of the shapes the model uses, ragged edges
+included, are compared with the same in float64; so is what only a device can show, and the vision tower; and a pack of
+the released model is compared with its published logits.
 """
 
 import dataclasses
@@ -21,24 +21,28 @@ if TYPE_CHECKING:
 
 
 @command("check")
-@click.option("--model", metavar="PATH|REPO", help="A pack of the released model: compare its published logits too.")
+@click.option("--model", metavar="PATH|REPO", help="A pack of the released model: its tower and published logits too.")
 @click.option("--share", type=click.Choice(["2", "4"]), help="Products in so many machines' pieces, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON instead.")
 def main(model: str | None, share: str | None, as_json: bool) -> None:
     """Compare what this installation computes with recordings of the reference. Exit status 1 if anything differs."""
     os.environ.setdefault("MLX_ENABLE_TF32", "0")  # the recordings are float32; MLX reads this at its first product
+    from .files import hub
     from .proof.device import device
     from .proof.machine import machine
     from .proof.pieces import pieces
     from .proof.products import products
     from .proof.replay import replay
+    from .proof.sight import sight
 
+    folder = None if model is None else hub.resolve(model)
     found: list[Finding] = []
     for title, findings in (
         ("recordings of the reference", replay()),
         ("products and attention", products()),
         ("this device", device()),
         *([("products in pieces", pieces(int(share)))] if share else []),
+        ("the vision tower", sight(folder)),
         ("published logits", _published(model)),
     ):
         own = list(findings if as_json else _watched(title, findings))

@@ -54,6 +54,7 @@ def print_plan(config: ModelConfig, recipe: Recipe, planned: "Sequence[Planned]"
         two = _two_macs(config, planned, prefix)
         memory.add_row(f"{prefix // 1024}K", f"{needed / 1e9:.1f} GB", *smallest, two, *streamed)
     out.print(memory, "* sudo sysctl iogpu.wired_limit_mb=…", sep="\n", highlight=False)
+    out.print(_of_pictures(config, total.nbytes - text), highlight=False, soft_wrap=True)
     _warn(recipe, planned)
 
 
@@ -66,6 +67,20 @@ def _two_macs(config: ModelConfig, planned: "Sequence[Planned]", prefix: int) ->
     half = Share(0, 2)
     mac, _ = smallest_macs(memory_needed(half.own(config), Sizes.planned(config, planned, half).held(0), prefix))
     return f"{mac} GB" if mac else "none"
+
+
+def _of_pictures(config: ModelConfig, tower: int) -> str:
+    """What a prompt with pictures adds to the memory that is estimated, in a sentence."""
+    from .model.memory import STEP
+    from .model.vision import looking_bytes
+    from .model.vision_config import VisionConfig
+
+    if config.vision is None:
+        return "No vision tower: the pack cannot see pictures."
+    vision = VisionConfig.of_sizes(config.vision)
+    most = 1120 * vision.pooling_kernel_size**2
+    added = tower + max(looking_bytes(vision, most) - STEP, 0)
+    return f"Prompts with pictures: {added / 1e9:.2f} GB more, the vision tower; others leave it on the disk."
 
 
 def _warn(recipe: Recipe, planned: "Sequence[Planned]") -> None:

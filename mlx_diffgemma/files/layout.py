@@ -27,6 +27,7 @@ class Rule:
     target: str
     component: str
     quantize: bool
+    on_request: bool  # packed only where a recipe's override names it in full, from `encoder.` on
     because: str
     half: int = 0  # of a tensor that is stored in two: 0 its first rows, 1 its last
 
@@ -46,6 +47,7 @@ def rules() -> tuple[Rule, ...]:
             target=entry[key],
             component=entry.get("component", ""),
             quantize=entry.get("quantize", False),
+            on_request=entry.get("on_request", False),
             because=entry["because"],
             half=entry.get("half", 0),
         )
@@ -154,6 +156,7 @@ class Source:
     shape: tuple[int, ...]
     component: str
     quantize: bool
+    on_request: bool = False
 
     @property
     def path(self) -> str:
@@ -166,7 +169,8 @@ def sources(config: ModelConfig) -> list[Source]:
     for name, shape in expected_tensors(config).items():
         rule, target = find_rule(name)
         assert rule is not None
-        made.append(Source(name=target, shape=shape, component=rule.component, quantize=rule.quantize))
+        what = {"component": rule.component, "quantize": rule.quantize, "on_request": rule.on_request}
+        made.append(Source(name=target, shape=shape, **what))
     return made
 
 

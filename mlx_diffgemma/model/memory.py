@@ -1,11 +1,14 @@
 """What runs need in bytes, what a machine lends, and which Mac has so much."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
 from ..config import ModelConfig
 from .network import Network, leaves
+from .vision import Eyes, looking_bytes
 
 # Memory of a Mac (GiB), and the share Metal lends one process unless iogpu.wired_limit_mb says otherwise.
 MACS = (16, 18, 24, 32, 36, 48, 64, 96, 128)
@@ -16,17 +19,53 @@ SYSTEM = 4 << 30  # bytes macOS keeps for itself when that limit is raised
 STEP = 800_000_000
 
 
-def memory_needed(config: ModelConfig, weight_bytes: int, prefix: int, item_size: int = 2, *, forks: int = 0) -> int:
-    """Bytes to denoise behind a prefix of that many tokens: weights (without vision), keys and values, one step.
+def memory_needed(
+    config: ModelConfig,
+    weight_bytes: int,
+    prefix: int,
+    item_size: int = 2,
+    *,
+    forks: int = 0,
+    sight: "SightMemory | None" = None,
+) -> int:
+    """Bytes to denoise behind a prefix of that many tokens: weights, keys and values, one step. `sight` is what
+    pictures add, where a prompt has some.
 
     `forks` of the prefix that are kept beside it hold windows of their own; what full layers hold is shared.
     """
-    total = weight_bytes + STEP
+    total = weight_bytes + STEP + (0 if sight is None else sight.added)
     for layer in config.layers:
         positions = min(prefix, config.sliding_window - 1) if layer.is_sliding else prefix
         held = 2 * layer.num_kv_heads * layer.head_dim * (positions + config.canvas_length) * item_size
         total += held * (1 + forks if layer.is_sliding else 1)
     return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class SightMemory:
+    """Bytes that pictures take: the tower's weights, all soft tokens, and looking at the largest picture, which is over
+    before a step begins: the larger of the two is needed."""
+
+    weights: int
+    tokens: int
+    looking: int
+
+    @property
+    def added(self) -> int:
+        """Beside what a run without pictures needs."""
+        return self.weights + self.tokens + max(self.looking - STEP, 0)
+
+    @classmethod
+    def of(cls, eyes: Eyes, patches: Sequence[int]) -> "SightMemory":
+        """For pictures of so many patches each; nothing need be read yet."""
+        config, arrays = eyes.vision_tower.config, leaves(eyes.parameters())
+        size = arrays["vision_tower.patch_embedder.position_embedding_table"].dtype.size
+        hidden = arrays["embed_vision.embedding_projection.weight"].shape[0]
+        return cls(
+            weights=sum(array.nbytes for array in arrays.values()),
+            tokens=sum(patches) // config.pooling_kernel_size**2 * hidden * size,
+            looking=looking_bytes(config, max(patches), size),
+        )
 
 
 def smallest_macs(nbytes: int) -> tuple[int | None, int | None]:

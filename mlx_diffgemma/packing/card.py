@@ -82,7 +82,16 @@ def model_card(plan: "Conversion") -> str:
         )
     lines += [f"| total | | | | {plan.total_size:,} |", "", *_readers(recipe.name), "```bash"]
     lines += ['mlx_diffgemma.generate --model . "Why is the sky blue?"', "```", ""]
-    return "\n".join(lines)
+    return "\n".join(lines + _of_pictures(plan))
+
+
+def _of_pictures(plan: "Conversion") -> list[str]:
+    """What the pack's vision tower is stored as; that it has none, where the source has none."""
+    tower = [item for item in plan.planned if item.source.component == "vision"]
+    if not tower:
+        return ["It has no vision tower: it cannot see pictures.", ""]
+    size = sizes(plan.recipe, tower)["vision"]
+    return [f"It sees pictures: its vision tower is {size.packing}, {size.nbytes / 1e9:.2f} GB.", ""]
 
 
 _READER = Table(Field("name", text()), Field("how", one_of("run", "read")), Field("refuses", mapping(text())))

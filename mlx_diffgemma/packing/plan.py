@@ -55,13 +55,14 @@ def plan(recipe: Recipe, sources: Iterable[Source]) -> list[Planned]:
 
 
 def _wanted(recipe: Recipe, source: Source, used: set[int]) -> Quantization | None:
-    if not source.quantize or recipe.base is None:
+    if not (source.quantize or source.on_request) or recipe.base is None:
         return None
     for i, override in enumerate(recipe.overrides):
-        if override.matches(source.path.removeprefix("model.")):
+        named = source.quantize or override.path.startswith("encoder.")
+        if named and override.matches(source.path.removeprefix("model.")):
             used.add(i)
             return override.quantization
-    return recipe.base
+    return recipe.base if source.quantize else None
 
 
 def _fitting(how: Quantization, width: int) -> Quantization | None:

@@ -13,7 +13,7 @@ from ..config import ModelConfig
 from ..errors import ConfigError, MemoryLimitError
 from ..files import layout
 from ..files.streaming import SLOTS, spread
-from ..model.memory import MACS, STEP, lent, machine_limit, memory_needed
+from ..model.memory import MACS, STEP, SightMemory, lent, machine_limit, memory_needed
 from ..model.network import Network, leaves
 from ..model.sharing import ALONE, Share
 
@@ -125,9 +125,17 @@ def _lender(limit: int) -> str:
 
 
 def check_memory(
-    config: ModelConfig, weights: int, limit: int, prefix: int = 0, *, rows: int = 1, forks: int = 0
+    config: ModelConfig,
+    weights: int,
+    limit: int,
+    prefix: int = 0,
+    *,
+    rows: int = 1,
+    forks: int = 0,
+    sight: SightMemory | None = None,
 ) -> None:
-    """Errors: MemoryLimitError when the weights, or they and the context, cannot fit; says what would."""
+    """Errors: MemoryLimitError when the weights, or they and the context, or these and the pictures (`sight`), cannot
+    fit; says what would."""
 
     def needed(prefix: int) -> int:
         whole = memory_needed(config, weights, prefix, forks=forks)
@@ -149,3 +157,11 @@ def check_memory(
             f"the model and a context of {prefix} tokens need {needed(prefix) / 1e9:.1f} GB; {lender} lets it use"
             f" {limit / 1e9:.1f} GB.\nUp to {fits} tokens of prompt and reply would fit."
         )
+    if sight is not None:
+        seeing = needed(prefix) + sight.added
+        if seeing > limit:
+            raise MemoryLimitError(
+                f"with its pictures this prompt needs {seeing / 1e9:.1f} GB, {sight.added / 1e9:.2f} GB of it to see"
+                f" them; {lender} lets it use {limit / 1e9:.1f} GB.\n"
+                "Give fewer pictures, a smaller budget for each, or take a recipe of fewer bits."
+            )

@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
+from ..errors import ConfigError
 from ..generation import sampler, vocabulary
 from ..generation.noise import SeededNoise
 from ..model.cache import PrefixCache
 from ..model.network import Network, leaves
 from ..model.tuning import Tuning
+from ..model.vision import Eyes, looking_bytes
+from ..text.images import PictureConfig, from_pixels, scaled_size
 
 PARTS = ("building", "layers", "vocabulary", "sampler", "waiting")
 
@@ -115,6 +119,50 @@ def by_turns(network: Network, tunings: Sequence[Tuning], prefix: int, rounds: i
             if turn > 1:
                 seconds[number].append(taken)
     return seconds
+
+
+PHOTOGRAPH = (1080, 1440)  # pixels high and wide, what `looking` looks at
+
+
+def looking(eyes: Eyes, budget: int, repeat: int) -> dict[str, Any]:
+    """What it takes to look at a picture of noise with a budget of so many soft tokens: seconds to scale and cut it and
+    to see it (medians; a look before does not count), and bytes beside the tower's weights, measured and estimated."""
+    config = eyes.vision_tower.config
+    pictures = PictureConfig(patch_size=config.patch_size, pooling=config.pooling_kernel_size)
+    pixels = np.random.default_rng(0).integers(0, 256, (*PHOTOGRAPH, 3), np.uint8)
+    needed = max(scaled_size(PHOTOGRAPH[1], PHOTOGRAPH[0], budget, pictures)) // config.patch_size
+    if needed > config.position_embedding_size:
+        raise ConfigError(
+            f"this model's eyes know {config.position_embedding_size} places a side, and a picture of {budget} tokens"
+            f" has {needed}: it cannot see one."
+        )
+    mx.eval(eyes.parameters())
+    cutting, seeing, most = list[float](), list[float](), 0
+    for _ in range(repeat + 1):
+        begun = time.perf_counter()
+        picture = from_pixels("noise", pixels, pictures, budget)
+        patches = mx.array(picture.patches())
+        cutting.append(time.perf_counter() - begun)
+        mx.eval(patches)
+        held = mx.get_active_memory()
+        mx.reset_peak_memory()
+        begun = time.perf_counter()
+        eyes.see(patches, picture.columns)
+        seeing.append(time.perf_counter() - begun)
+        most = max(most, mx.get_peak_memory() - held)
+    arrays = leaves(eyes.parameters())
+    size = arrays["vision_tower.patch_embedder.position_embedding_table"].dtype.size
+    return {
+        "budget": budget,
+        "size": list(picture.size),
+        "tokens": picture.tokens,
+        "patches": len(patches),
+        "scaling_seconds": statistics.median(cutting[1:]),
+        "tower_seconds": statistics.median(seeing[1:]),
+        "tower_bytes": sum(array.nbytes for array in arrays.values()),
+        "looking_bytes": most,
+        "estimated_bytes": looking_bytes(config, len(patches), size),
+    }
 
 
 # ------------------------------------------------------------------------------------------------ anatomy of a step

@@ -159,9 +159,9 @@ class Request:
         model, rows = self.model, len(self.prompts) * self.settings.best_of
         prefix = max(map(len, self.prompts)) + self.settings.max_tokens
         weights = weight_bytes(self.network) + self._kept_bytes()
-        if seen := [placed for row in self.pictures for placed in row]:
-            weights += model.seeing.needed(seen)
-        check_memory(self.network.own, weights, model.memory_limit, prefix, rows=rows, forks=forks)
+        seen = [placed for row in self.pictures for placed in row]
+        sight = model.seeing.memory(seen) if seen else None
+        check_memory(self.network.own, weights, model.memory_limit, prefix, rows=rows, forks=forks, sight=sight)
 
     def _kept_bytes(self) -> int:
         """What a step under constraints holds for the signal: a weight of every id of a text at every position."""

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,9 @@ import mlx.core as mx
 from ..errors import ConfigError, PromptError
 from ..files.eyes import load_eyes, open_eyes
 from ..model.blocks import Block
-from ..model.network import Network, leaves
-from ..model.vision import Eyes, looking_bytes
+from ..model.memory import SightMemory
+from ..model.network import Network
+from ..model.vision import Eyes
 from ..model.vision_config import VisionConfig
 from ..text.images import Picture, PictureConfig
 from ..text.placing import Frame
@@ -52,11 +53,6 @@ class Sight:
             patch_size=config.patch_size, pooling=config.pooling_kernel_size, budget=config.soft_tokens
         )
 
-    @property
-    def nbytes(self) -> int:
-        """Of the eyes' weights."""
-        return sum(array.nbytes for array in leaves(self.eyes.parameters()).values())
-
     def check(self, pictures: Sequence[Picture]) -> None:
         """Errors: PromptError for one with more patches to a side than the tower has places for."""
         for picture in pictures:
@@ -71,10 +67,11 @@ class Sight:
             for placed in pictures
         ]
 
-    def needed(self, pictures: "Sequence[Placed]") -> int:
-        """Bytes of the eyes, and to look at the largest of these pictures."""
+    def memory(self, pictures: "Sequence[Placed]") -> SightMemory:
+        """What these pictures need, one at least; of their soft tokens as many as are remembered."""
         patches = [placed.picture.tokens * self.config.pooling_kernel_size**2 for placed in pictures]
-        return self.nbytes + looking_bytes(self.config, max(patches, default=0))
+        needed = SightMemory.of(self.eyes, patches)
+        return replace(needed, tokens=min(needed.tokens, self.looks.most_bytes))
 
 
 class Looks:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from ..model.blocks import Block
     from ..model.network import Network
+    from ..model.vision import Eyes
 
 from ..files.shipped import PACKAGE
 
@@ -71,6 +73,25 @@ class Recording:
         model = self.provenance["model"]
         return _built_in(self.name, **model) if "folder" in model else small_network(**model)
 
+    def pictures(self) -> "list[list[Block]]":
+        """What our tower, with the weights of the recording's, makes of the recorded pictures: a list a prompt, or none
+        where there are no pictures."""
+        import mlx.core as mx
+
+        from ..model.blocks import Block
+
+        if "pictures" not in self.arrays:
+            return []
+        eyes, end = small_eyes(**self.provenance["model"]), 0
+        padding = self.arrays["padding"].tolist()
+        rows: list[list[Block]] = [[] for _ in padding]
+        for row, start, stop, high, wide in self.arrays["pictures"].tolist():
+            patches = self.arrays["pixels"][end : end + high * wide].astype(np.float32) / 255
+            end += high * wide
+            soft = eyes.see(mx.array(patches), wide)
+            rows[row].append(Block(start=start - padding[row], stop=stop - padding[row], features=lambda x=soft: x))
+        return rows
+
 
 def _built_in(name: str, *, folder: str, sha256: str) -> "Network":
     from ..errors import CheckpointError
@@ -98,3 +119,18 @@ def small_network(*, config: dict[str, Any], weights: dict[str, Any]) -> "Networ
     network.load_weights([(name, mx.array(w)) for name, w in random_weights(shapes, **weights).items()])
     network.eval()
     return network
+
+
+def small_eyes(*, config: dict[str, Any], weights: dict[str, Any]) -> "Eyes":
+    """A tower with `random_weights(**weights)`."""
+    import mlx.core as mx
+
+    from ..model.network import leaves
+    from ..model.vision import Eyes
+    from ..model.vision_config import VisionConfig
+
+    eyes = Eyes(VisionConfig.from_dict(config["vision_config"]), config["text_config"]["hidden_size"])
+    shapes = {f"encoder.{name}": value.shape for name, value in leaves(eyes.parameters()).items()}
+    made = random_weights(shapes, **weights)
+    eyes.load_weights([(name.removeprefix("encoder."), mx.array(w)) for name, w in made.items()])
+    return eyes

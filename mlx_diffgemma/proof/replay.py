@@ -70,7 +70,7 @@ def replay_trajectory(recording: Recording, network: "Network", **options: Any) 
     noise = RecordedNoise(told["canvas"], told["draws"], told["ids"], name=recording.name)
     departures, canvases = [], 0
     try:
-        for event in generate(network, prompts, settings, noise):
+        for event in generate(network, prompts, settings, noise, pictures=recording.pictures()):
             if isinstance(event, Denoised):
                 departures += _of_step(event, told)
             elif isinstance(event, Committed):

@@ -5,16 +5,17 @@ import codecs
 import json
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from ..errors import PromptError, TokenizerError
+from ..errors import DiffGemmaError, PromptError, TokenizerError
 from ..generation.events import CanvasRow, Committed, Denoised, Prefilled
 from ..generation.run import told_of_pictures
 from ..generation.settings import GenerationOptions
 from ..generation.vocabulary import Scores
+from ..model.cache import PrefixCache
 from ..model.memory import STEP, memory_needed, weight_bytes
 from ..pipeline.constraints import Asked
 from ..pipeline.drafts import Draft
@@ -24,6 +25,7 @@ from ..pipeline.requests import Request
 from ..pipeline.results import Result
 from ..pipeline.scores import score_parts
 from ..text.channels import QUOTE
+from ..text.language.automaton import Language
 from ..text.tokenizer import Tokenizer
 from .exchange import (
     Accepted,
@@ -41,6 +43,7 @@ from .exchange import (
     Said,
 )
 from .prefixes import Key, Prefixes
+from .strictly import Strict
 from .typed import typed_call
 
 T = TypeVar("T")
@@ -66,13 +69,15 @@ class Answering:
         self.model, self.order = model, order
         self.left_out: tuple[str, ...] = ()
         self.template: dict[str, Any] = {}
+        self.strict = Strict(order.of.tools or ()) if isinstance(order.of, Conversation) else Strict(())
+        self.left_out += tuple(self.strict.left_out)
         self.request = self._prepared(most_tokens, most_bytes)
         rows = len(self.request.prompts)
         stop_ids = frozenset(self.request.settings.stop_ids)
         self.rows = [_Row(model.tokenizer, prompt, order, stop_ids) for prompt in self.request.prompts]
         self.needed = rows * held(model, max(map(len, self.request.prompts)) + self.request.settings.max_tokens)
         if any(self.request.pictures):
-            self.needed += model.seeing.needed(self.request.pictures[0])
+            self.needed += model.seeing.memory(self.request.pictures[0]).added
         self.seconds = {"queue": 0.0, "prefill": 0.0, "denoise": 0.0}
         self.reused = 0
 
@@ -112,6 +117,7 @@ class Answering:
             else:
                 yield Beat(news=tuple(self._rest(event.results)))
         events.close()
+        yield from self._obey(prefixes)
         yield Beat(news=(self._ended(),), turn_is_over=True)
 
     # ---------------------------------------------------------------------------------------------------- the prompt
@@ -122,6 +128,7 @@ class Answering:
         if isinstance(of, Gap):
             return self.model.prepare_fill(prefix=of.prefix, suffix=of.suffix, seed=order.seed, **options)
         prompts = [self._read(of)] if isinstance(of, Conversation) else [self._text_ids(p) for p in of.prompts]
+        self.prompt = prompts[0]
         longest = max((prompt for prompt in prompts), key=lambda prompt: len(prompt.ids))
         self._check_length(longest)
         if "max_tokens" not in options:
@@ -137,7 +144,7 @@ class Answering:
         reads = self.model.tokenizer.reads
         thinking = of.thinking
         if thinking is not None and not reads("enable_thinking"):
-            thinking, self.left_out = None, ("thinking",)
+            thinking, self.left_out = None, (*self.left_out, "thinking")
         self.template = {
             "enable_thinking": thinking,
             "tools": of.tools,
@@ -174,12 +181,19 @@ class Answering:
     def _start(self, prefixes: Prefixes) -> tuple[Any, list[int]]:
         """A prefix to go on from, and where to fork it for those who come later. Nothing of both for a batch; nor with
         a seed: a prompt in pieces is the same but for rounding, and a seed promises the same."""
-        if len(self.rows) > 1 or not isinstance(self.order.of, Conversation) or self.order.seed is not None:
+        if not self._may_reuse or not isinstance(self.order.of, Conversation):
             return None, []
-        key, network = self.request.keys[0], self.request.network
-        cache = prefixes.longest(key, network) or network.make_cache()
+        cache, key = self._reused(prefixes) or self.request.network.make_cache(), self.request.keys[0]
         self.reused = cache.length
         return cache, [end for end in self._lasting_ends(key, self.order.of) if cache.length < end]
+
+    @property
+    def _may_reuse(self) -> bool:
+        return len(self.rows) == 1 and isinstance(self.order.of, Conversation) and self.order.seed is None
+
+    def _reused(self, prefixes: Prefixes) -> PrefixCache | None:
+        """The longest prefix that was kept of this prompt."""
+        return prefixes.longest(self.request.keys[0], self.request.network) if self._may_reuse else None
 
     def _lasting_ends(self, key: Key, of: Conversation) -> list[int]:
         """How many ids other conversations with this system prompt and these tools share, and how many this
@@ -288,7 +302,41 @@ class Answering:
             for canvas in result.canvases:
                 row.commit(canvas, hidden=False)
             yield Beat(news=(Said(row=number, block=0, text=row.text, thinking=row.thinking),))
+        yield from self._obey(Prefixes(0))
         yield Beat(news=(self._ended(),), turn_is_over=True)
+
+    def _obey(self, prefixes: Prefixes) -> Iterator[Beat]:
+        """Calls of strict functions that their schemas do not take are written anew, each as one that was asked for:
+        behind what the answer said before it."""
+        for number, row in enumerate(self.rows):
+            start = 0
+            while found := self.strict.broken(self.model.tokenizer, row.ids, start):
+                begin, end, language = found
+                if row.reason == "length" and row.ids[end - 1] != row.tokenizer.markers.end_tool_call:
+                    break  # it was cut off, and is no call
+                room = self.request.settings.max_tokens - len(row.ids) + end - begin
+                try:
+                    request = self._anew(number, row.ids[:begin], language, room)
+                except DiffGemmaError:  # no room for the shortest that obeys
+                    break
+                ids: list[int] = []
+                for event in self._clocked(request.events_among_others(self._reused(prefixes))):
+                    if isinstance(event, Committed):
+                        row.canvases, row.steps = row.canvases + 1, row.steps + event.rows[0].steps
+                        ids += event.rows[0].ids
+                    yield Beat(turn_is_over=isinstance(event, Prefilled | Committed))
+                ids = ids[ids.index(row.ids[begin]) :]  # without a thought before
+                row.ids[begin:end], row.written_anew = ids, row.written_anew + 1
+                start = begin + len(ids)
+
+    def _anew(self, number: int, said: list[int], language: Language, room: int) -> Request:
+        """A call of at most `room` tokens behind what a row has said. Errors: DiffGemmaError when it needs more."""
+        options = GenerationOptions(**self.order.options)
+        for name in ("best_of", "logprobs", "retries"):
+            options.pop(name, None)
+        options["max_tokens"] = max(room, 1)
+        prompt = replace(self.prompt, ids=[*self.prompt.ids, *said])
+        return self.model.prepare(prompt, seed=self.request.seeds[number], constraint=language, **options)
 
 
 class _Row:
@@ -302,7 +350,7 @@ class _Row:
         self.ids: list[int] = []
         self.text = self.thinking = self.reason = ""
         self.shown = ("", "")  # by the run's own reader, before any stop
-        self.canvases = self.steps = 0
+        self.canvases = self.steps = self.written_anew = 0
         self.logprobs: list[Logprob] = []
 
     @property
@@ -409,6 +457,7 @@ class _Row:
             thinking_tokens=self._thinking_tokens(),
             canvases=self.canvases,
             steps=self.steps,
+            written_anew=self.written_anew,
             logprobs=tuple(self.logprobs) if self.scored else None,
             stop=self.cut.stop,
         )

@@ -17,6 +17,7 @@ _TOOL = Table(
     Field("name", text(empty=False)),
     Field("description", text(), None),
     Field("input_schema", _object, None),  # none: a tool of Anthropic's own servers
+    Field("strict", flag, False),
     open=True,
 )
 _MESSAGE = Table(
@@ -79,6 +80,7 @@ def _conversation(asked: Json) -> Json:
     """What is asked, as a chat completion."""
     tools = [
         {"name": tool["name"], "description": tool["description"] or "", "parameters": tool["input_schema"]}
+        | ({"strict": True} if tool["strict"] else {})
         for tool in asked["tools"]
         if tool["input_schema"] is not None
     ]

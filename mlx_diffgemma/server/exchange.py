@@ -163,6 +163,7 @@ class Answer:
     thinking_tokens: int
     canvases: int
     steps: int
+    written_anew: int = 0  # calls that did not obey their function's schema
     logprobs: tuple[Logprob, ...] | None = None
     stop: str | None = None  # of the order's stops, the one that ended it
 

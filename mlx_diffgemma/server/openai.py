@@ -362,8 +362,7 @@ class _Translation(ABC):
     def accept(self, accepted: Accepted) -> None:
         """The order can be met."""
         self.accepted = accepted
-        if "thinking" in accepted.left_out:
-            self.ignored.append("reasoning_effort")
+        self.ignored += ["reasoning_effort" if name == "thinking" else name for name in accepted.left_out]
 
     def alive(self) -> str:
         """What is sent when there was nothing to say for a while."""
@@ -397,6 +396,7 @@ class _Translation(ABC):
 
     def report(self, ended: Ended) -> Json:
         """What is our own in an answer."""
+        anew = sum(answer.written_anew for answer in ended.answers)
         unread = [call for answer in ended.answers for call in answer.unread_calls]
         seen = [asdict(picture) for picture in ended.pictures]
         return {
@@ -407,6 +407,7 @@ class _Translation(ABC):
             "tuning": ended.tuning,
             "timings": {f"{name}_seconds": round(value, 4) for name, value in ended.seconds.items()},
             "ignored": self.ignored,
+            **({"rewritten_tool_calls": anew} if anew else {}),
             **({"unread_tool_calls": unread} if unread else {}),
             **({"pictures": seen} if seen else {}),
         }

@@ -22,7 +22,7 @@ class Prefixes:
 
     def __init__(self, most_bytes: int):
         self.most_bytes = most_bytes
-        self._kept: OrderedDict[Key, Kept] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, Key], Kept] = OrderedDict()  # by the network's id
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -34,23 +34,20 @@ class Prefixes:
         return sum({id(array): array.nbytes for array in buffers}.values())
 
     def longest(self, key: Key, network: Network) -> PrefixCache | None:
-        """A fork of the longest one that the prompt goes on from, if there is one."""
-        fitting = [
-            known
-            for known, kept in self._kept.items()
-            if kept.network is network and len(known) < len(key) and key[: len(known)] == known
-        ]
+        """A fork of the longest one that the prompt goes on from, if there is one; another network's is none."""
+        own = [known for by, known in self._kept if by == id(network)]
+        fitting = [known for known in own if len(known) < len(key) and key[: len(known)] == known]
         if not fitting:
             return None
-        best = max(fitting, key=len)
+        best = id(network), max(fitting, key=len)
         self._kept.move_to_end(best)
         return self._kept[best].cache.fork()
 
     def keep(self, key: Key, network: Network, cache: PrefixCache) -> None:
-        """Remember that `cache` holds this much of a prompt."""
+        """Remember that `cache` holds this much of a prompt, encoded by this network."""
         if self.most_bytes:
-            self._kept[key] = Kept(network=network, cache=cache.fork())
-            self._kept.move_to_end(key)
+            self._kept[id(network), key] = Kept(network=network, cache=cache.fork())
+            self._kept.move_to_end((id(network), key))
             self.shrink(self.most_bytes)
 
     def shrink(self, most_bytes: int) -> None:

@@ -103,6 +103,7 @@ class _Tools:
             raise Refused(f"{where}.name is {name!r} again.", param="tools")
         self.names[name] = space, tool["name"]
         function = {"name": name, "description": given.get("description") or "", "parameters": tool["parameters"]}
+        function |= {"strict": True} if given.get("strict") is True else {}
         self.functions.append({"type": "function", "function": function})
 
     @staticmethod

@@ -1,7 +1,7 @@
 """The channels inside an answer of the Gemma 4 family: thoughts, tool calls, text."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,15 @@ class Markers:
                 spans[-1][1].append(token)
             place += 1
         return [span for span in spans if span[1]]
+
+    def calls(self, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Where calls begin, with their marker, and where their insides end."""
+        place = 0
+        while self.tool_call is not None and self.tool_call in ids[place:]:
+            place = ids.index(self.tool_call, place)
+            end = self._end_of_call(ids, place + 1)
+            yield place, end
+            place = end
 
     def _end_of_call(self, ids: Sequence[int], start: int) -> int:
         """Where a call ends: at the next marker that is no part of a quoted argument. A quote that is not closed does

@@ -206,7 +206,7 @@ class Tokenizer:
                 is_thought = header.strip() in ("thought", "") or not newline
                 (thoughts if is_thought else texts).append(body)
             elif kind == TOOL_CALL:
-                calls += parse_calls(self._call(part))
+                calls += parse_calls(self.call_text(part))
             else:
                 texts.append(self.decode(part))
         thinking = "".join(thoughts).strip()
@@ -218,8 +218,8 @@ class Tokenizer:
         last = next((i for i in reversed(prompt) if i in markers and i is not None), None)
         return last is not None and last == markers[0]
 
-    def _call(self, ids: list[int]) -> str:
-        """Decode a tool call: its quotes are special tokens, and needed; what stands between two is an argument."""
+    def call_text(self, ids: Sequence[int]) -> str:
+        """Decode a tool call's inside: its quotes are special tokens, and needed; between two stands an argument."""
         kept, quoted = [], False
         for i in ids:
             quoted ^= i == self.markers.quote

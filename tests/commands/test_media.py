@@ -1,16 +1,18 @@
 """Videos and PDFs on the command line: sampled and scaled before a prompt, said in one line each, saved with a talk."""
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlx_diffgemma import load
 from mlx_diffgemma.text import pages
 from tests import seeing
 from tests.commands.test_pictures import run, told
 from tests.seeing import picture
-from tests.text.test_pages import THREE
+from tests.text.test_pages import THREE, grey, written
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,23 @@ def test_what_does_not_fit_is_refused_before_a_page_is_drawn(
     refused = run("generate", "--model", model, "-p", "hi", "--pdf", str(folder / "report.pdf"))
     assert refused.exit_code == 1 and "does not fit the model's context" in refused.stderr, refused.output
     assert not drawn
+
+
+@pytest.mark.parametrize("count", [3, 24])
+def test_a_prompt_of_many_pages_holds_one_at_a_time(count: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the file to the answer: pixels of one page, then its soft tokens, then the next."""
+    drawn: list[weakref.ref[Any]] = []
+    draw = pages._drawn
+
+    def spy(*args: Any) -> Any:
+        assert not [pixels for pixels in drawn if pixels() is not None]
+        drawn.append(weakref.ref(pixels := draw(*args)))
+        return pixels
+
+    monkeypatch.setattr(pages, "_drawn", spy)
+    report = {"type": "pdf", "pdf": written([grey(n) for n in range(count)]), "budget": 70}
+    result = load(folder / "model").generate([{"role": "user", "content": [report]}], seed=1, max_tokens=1)
+    assert len(result.pictures) == len(drawn) == count
 
 
 def test_a_talk(folder: Path, model: str, tmp_path: Path) -> None:

@@ -10,8 +10,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
-from transformers.models.diffusion_gemma import modeling_diffusion_gemma as reference
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
 from mlx_diffgemma.config import PictureMask
@@ -20,9 +18,10 @@ from mlx_diffgemma.generation import engine, run
 from mlx_diffgemma.generation.noise import SeededNoise
 from mlx_diffgemma.generation.settings import GenerationConfig
 from mlx_diffgemma.model import network as network_module
-from mlx_diffgemma.model.blocks import Block, BlockMask, chunk_end
+from mlx_diffgemma.model.blocks import BlockMask, chunk_end
 from mlx_diffgemma.model.network import Network
 from mlx_diffgemma.model.tuning import DEFAULT
+from tests.model.behind_pictures import Rows, Spans, both_sides, our_logits, reference_logits
 from tests.reference_models import Model, text_config
 
 WINDOW = 16
@@ -33,8 +32,6 @@ MODEL = Model(
     released_dialect=True,
 )
 KINDS: tuple[PictureMask, ...] = ("transformers", "gemma4")
-Spans = list[tuple[int, int]]
-Rows = list[tuple[int, Spans]]  # of every row: padding in front, and its blocks
 LAYOUTS: dict[str, tuple[int, Rows]] = {  # the prompt's length, and its rows
     "one": (30, [(0, [(5, 17)])]),
     "at both ends": (40, [(0, [(0, 9), (31, 40)])]),
@@ -122,58 +119,13 @@ def inputs(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def expected(name: str, kind: PictureMask, *, float64: bool) -> np.ndarray:
     """transformers' logits of a first step; `kind` picks the model of the two whose mask it is."""
-    model = _references()[not float64]
     ids, features, canvas = inputs(name)
-    _, rows = LAYOUTS[name]
-    dtype = next(model.parameters()).dtype
-    kinds = torch.zeros(ids.shape, dtype=torch.long)
-    real = torch.ones(ids.shape, dtype=torch.long)
-    for row, (padding, spans) in enumerate(rows):
-        real[row, :padding] = 0
-        for start, stop in spans:
-            kinds[row, start:stop] = 1
-    tokens = torch.from_numpy(ids)
-    cache_ = DynamicCache(config=model.config.get_text_config())
-    with torch.no_grad():
-        embedded = model.model.encoder.get_input_embeddings()(tokens)
-        embedded = torch.where(kinds[..., None] == 1, torch.from_numpy(features).to(dtype), embedded)
-        common = {"inputs_embeds": embedded, "attention_mask": real, "past_key_values": cache_}
-        common |= {"config": model.config.get_text_config(), "position_ids": torch.arange(ids.shape[1])[None]}
-        if kind == "gemma4":
-            sequence = gemma4.get_block_sequence_ids_for_mask(kinds, device=kinds.device)
-            masks = gemma4.create_masks_for_vision_model(**common, block_sequence_ids=sequence)
-        else:
-            masks = reference.DiffusionGemmaEncoderModel.create_masks_for_generate(**common, mm_token_type_ids=kinds)
-        model.model.encoder.language_model(
-            inputs_embeds=embedded,
-            attention_mask=masks,
-            past_key_values=cache_,
-            position_ids=common["position_ids"],
-        )
-        whole = torch.nn.functional.pad(real, (0, canvas.shape[1]), value=1)
-        out = model(
-            decoder_input_ids=torch.from_numpy(canvas),
-            past_key_values=cache_,
-            decoder_attention_mask=whole,
-        )
-    return out.logits.double().numpy()
+    return reference_logits(_references()[not float64], ids, LAYOUTS[name][1], features, canvas, kind)
 
 
 def ours(name: str, kind: PictureMask, chunk: int = 1000) -> np.ndarray:
     ids, features, canvas = inputs(name)
-    _, rows = LAYOUTS[name]
-    pictures = [
-        [Block(start=a - pad, stop=b - pad, features=lambda r=row, a=a, b=b: mx.array(features[r, a:b])) for a, b in s]
-        for row, (pad, s) in enumerate(rows)
-    ]
-    prompts = [row[padding:].tolist() for row, (padding, _) in zip(ids, rows, strict=True)]
-    settings = GenerationConfig(prefill_step_size=chunk, picture_mask=kind, max_tokens=MODEL.canvas_length)
-    noise = SeededNoise([0] * len(rows), length=MODEL.canvas_length, vocabulary=MODEL.text["vocab_size"])
-    prefix = network().make_cache(len(rows), [padding for padding, _ in rows])
-    events = engine.generate(network(), prompts, settings, noise, cache=prefix, pictures=pictures)
-    while prefix.length < ids.shape[1]:
-        next(events)
-    return np.array(network().logits(mx.array(canvas), prefix))
+    return our_logits(network(), ids, LAYOUTS[name][1], features, canvas, kind, chunk)
 
 
 def rms(x: np.ndarray) -> float:
@@ -181,10 +133,6 @@ def rms(x: np.ndarray) -> float:
 
 
 CASES = [(name, kind) for name in LAYOUTS for kind in KINDS]
-
-
-def both_sides(window: int) -> Callable[..., torch.Tensor]:
-    return lambda row, head, query, key: abs(query - key) < window
 
 
 @cache

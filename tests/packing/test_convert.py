@@ -189,6 +189,7 @@ def test_the_pack_comes_with_everything_beside_the_weights(source: Path, tmp_pat
     card = (pack / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: mlx\n")
     assert "| experts | 24 | 4-bit/64 | 4.50 | 442,368 |" in card
+    assert "It sees pictures: its vision tower is bfloat16, 0.00 GB." in card
     assert not (pack / conversion.PLAN).exists()
     assert [path.name for path in tmp_path.iterdir()] == ["pack"]
 
@@ -253,6 +254,7 @@ def test_a_dry_run_of_a_hub_repository_needs_its_config_alone(tmp_path: Path, mo
     assert not any("safetensors" in pattern for pattern in asked[0]["allow_patterns"])
     assert "16,556,429,016" in dry.stdout
     assert "32 GB" in dry.stdout
+    assert "Prompts with pictures: 1.15 GB more, the vision tower; others leave it on the disk." in dry.stdout
 
 
 def test_uploads_are_refused_early_and_done_late(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,3 +293,14 @@ def test_experimental_recipes_and_odd_widths_are_announced(tmp_path: Path) -> No
     assert "Warning: recipe q3 is experimental." in made.stderr
     assert "experts.down_proj (4 ×): 3-bit/64 does not divide their width: bfloat16 instead." in made.stderr
     load_network(tmp_path / "pack")
+
+
+def test_a_source_without_a_tower_makes_a_pack_without_one(tmp_path: Path) -> None:
+    config = synthetic.small_config()
+    del config["vision_config"]
+    source = synthetic.small(tmp_path / "source", config=config)
+    dry = run("--hf-path", source, "--dry-run")
+    assert "No vision tower: the pack cannot see pictures." in dry.stdout
+    pack = convert_folder(source, tmp_path / "pack", "q4")
+    assert "It has no vision tower: it cannot see pictures." in (pack / "README.md").read_text()
+    load_network(pack)

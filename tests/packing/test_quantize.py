@@ -1,5 +1,6 @@
 """Recipes: what they may say, what they make of every matrix, and sizes to the byte."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,18 @@ import mlx.core as mx
 import pytest
 
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.errors import ConfigError
+from mlx_diffgemma.errors import ConfigError, MemoryLimitError
 from mlx_diffgemma.files import layout, quantization, shards
 from mlx_diffgemma.files.layout import Source
 from mlx_diffgemma.files.quantization import Quantization
 from mlx_diffgemma.files.shards import SIZES
 from mlx_diffgemma.model import memory
+from mlx_diffgemma.model.vision import Eyes
+from mlx_diffgemma.model.vision_config import VisionConfig
 from mlx_diffgemma.packing import plan as planning
 from mlx_diffgemma.packing.plan import Planned
 from mlx_diffgemma.packing.recipes import Override, Recipe, adhoc_recipe, load_recipe, recipe_names
+from mlx_diffgemma.pipeline import fitting
 from tests.synthetic import published
 
 RELEASED = ModelConfig.from_dict(published("released/config.json"))
@@ -95,6 +99,26 @@ def test_the_trunk_stays_at_8_bits_unless_the_recipe_says_so(component: str) -> 
     assert next(item.how for item in allowed if item.source.path == path) == low.quantization
 
 
+def vision_of(path: str) -> list[Planned]:
+    """The tower's tensors in a recipe that packs everything to 4 bits, and `path` to 8."""
+    override = Override(path=path, quantization=Quantization(bits=8, group_size=64), because="a test")
+    base = Quantization(bits=4, group_size=64)
+    recipe = Recipe(name="r", because="a test", base=base, overrides=(override,), allow_low_bit_trunk=True)
+    return [item for item in plan(recipe) if item.source.component == "vision"]
+
+
+def test_the_tower_is_packed_where_an_override_names_it() -> None:
+    packed = [item for item in vision_of("encoder.**") if item.how]
+    assert {str(item.how and item.how.bits) for item in packed} == {"8"}
+    assert len(packed) == 27 * 6 + 1  # down_proj, 4,304 wide, has no groups of 32
+    assert sum("down_proj" in item.source.name and item.wanted is not None for item in vision_of("encoder.**")) == 27
+
+
+@pytest.mark.parametrize("path", ["decoder.embed_tokens", "**.self_attn.**", "*coder.**.q_proj*"])
+def test_the_tower_is_packed_nowhere_else(path: str) -> None:
+    assert not any(item.how for item in vision_of(path))
+
+
 def test_the_command_lines_recipe_keeps_the_trunk() -> None:
     assert by_component(adhoc_recipe(5, 32, None))["experts"] == "5-bit/32"
     assert by_component(adhoc_recipe(5, 32, None))["attention"] == "8-bit/64"
@@ -129,7 +153,7 @@ def test_the_command_lines_recipe_keeps_the_trunk() -> None:
             "'decoder.layer.*' matches nothing",
         ),
         (
-            'because = "x"\nbits = 8\n[[override]]\npath = "encoder.vision_tower.**"\nbits = 8\nbecause = "x"',
+            'because = "x"\nbits = 8\n[[override]]\npath = "encoder.vision_tower.std_*"\nbits = 8\nbecause = "x"',
             "matches nothing that can be packed",
         ),
         ('extends = "mine.toml"\nbecause = "x"', "recipe mine.toml extends itself"),
@@ -184,3 +208,28 @@ def test_memory_to_run_is_weights_prefix_and_a_step() -> None:
     assert memory.smallest_macs(short) == (24, 24)
     assert memory.smallest_macs(10_000_000_000) == (16, 16)
     assert memory.smallest_macs(200_000_000_000) == (None, None)
+
+
+def test_memory_to_see_is_tower_soft_tokens_and_the_larger_of_a_look_and_a_step() -> None:
+    eyes = Eyes(VisionConfig.from_dict(dict(RELEASED.vision or {})), RELEASED.hidden_size)
+    eyes.set_dtype(mx.bfloat16)
+    sight = memory.SightMemory.of(eyes, (2520, 10_080))
+    assert sight.weights == 2 * sum(math.prod(s.shape) for s in layout.sources(RELEASED) if s.component == "vision")
+    assert sight.tokens == 1400 * 2816 * 2
+    assert 0.2e9 < sight.looking < memory.STEP  # a look at 1,120 tokens takes less than a step does
+    needed = memory.memory_needed(RELEASED, 0, 4096)
+    assert memory.memory_needed(RELEASED, 0, 4096, sight=sight) == needed + sight.weights + sight.tokens
+    larger = dataclasses.replace(sight, looking=memory.STEP + 5)
+    assert memory.memory_needed(RELEASED, 0, 4096, sight=larger) == needed + sight.weights + sight.tokens + 5
+
+
+def test_pictures_that_do_not_fit_in_memory_are_refused() -> None:
+    sight = memory.SightMemory(weights=2_000_000_000, tokens=10_000_000, looking=0)
+    needed = memory.memory_needed(RELEASED, 10_000_000_000, 4096)
+    fitting.check_memory(RELEASED, 10_000_000_000, needed + 2_010_000_000, 4096, sight=sight)
+    fitting.check_memory(RELEASED, 10_000_000_000, needed, 4096)
+    with pytest.raises(
+        MemoryLimitError, match=r"with its pictures this prompt needs .* 2\.01 GB of it to see"
+    ) as caught:
+        fitting.check_memory(RELEASED, 10_000_000_000, needed + 2_000_000_000, 4096, sight=sight)
+    assert len(str(caught.value).splitlines()) <= 3

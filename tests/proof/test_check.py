@@ -25,9 +25,9 @@ TOLD = json.loads((shipped.references() / "published_logits.json").read_text())
 
 
 def run(monkeypatch: Patch, *arguments: str, **parts: list[Finding]) -> int:
-    """The command with made-up findings of its first three parts; its exit status."""
-    for name in ("replay", "products", "device"):
-        monkeypatch.setattr(f"mlx_diffgemma.proof.{name}.{name}", lambda name=name: iter(parts.get(name, [])))
+    """The command with made-up findings of all parts but the last; its exit status."""
+    for name in ("replay", "products", "device", "sight"):
+        monkeypatch.setattr(f"mlx_diffgemma.proof.{name}.{name}", lambda *_, name=name: iter(parts.get(name, [])))
     with pytest.raises(SystemExit) as stopped:
         check.main(list(arguments))
     assert isinstance(stopped.value.code, int)

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from mlx_diffgemma.server.pictures import HERE
+from mlx_diffgemma.server.prefixes import Prefixes
 from mlx_diffgemma.text import images
 from mlx_diffgemma.text.sources import Access
-from tests import seeing
+from tests import seeing, small
 from tests.seeing import picture
 from tests.server.serving import CHAT, Running, serving, small_model
 
@@ -61,6 +63,19 @@ def test_the_same_picture_is_not_encoded_again_and_another_is(server: Running) -
     answered[0] = body(uri(13), "a")["messages"][0]
     other = server.post({"messages": answered}).json()["usage"]
     assert other["prompt_tokens"] == again["prompt_tokens"] and other["prompt_tokens_details"]["cached_tokens"] < 20
+
+
+def test_a_network_goes_on_from_its_own_prefixes_alone() -> None:
+    one, other = (small.network(seed=seed) for seed in (0, 1))
+    prefixes = Prefixes(1 << 30)
+    for network, length in ((one, 3), (other, 2)):
+        cache = network.make_cache()
+        network.encode(mx.array([[5, 6, 7][:length]]), cache)
+        prefixes.keep((5, 6, 7)[:length], network, cache)
+    prefixes.keep((5, 6), one, one.make_cache())
+    found = [prefixes.longest((5, 6, 7, 8), network) for network in (one, other)]
+    assert [cache and cache.length for cache in found] == [3, 2] and len(prefixes) == 3
+    assert prefixes.longest((5, 6, "a picture", 8), small.network()) is None
 
 
 @pytest.mark.parametrize("kind", ["video", "video_url", "pdf"])

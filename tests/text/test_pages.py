@@ -87,19 +87,19 @@ def test_a_page_is_turned_as_it_says() -> None:
 
 
 def test_filled_forms_and_notes_are_drawn() -> None:
-    look = b"<< /Type /XObject /Subtype /Form /BBox [0 0 200 200] /Length 30 >>"
-    field = b"/Type /Annot /Subtype /Widget /FT /Tx /T (a) /V (b) /F 4 /Rect [100 100 300 300] /AP << /N 6 0 R >>"
-    body = written([b""], page=b"/Annots [5 0 R]")
-    # Two more objects, which the table does not list: PDFium mends the table, as it must for many files.
-    extra = b"5 0 obj\n<< %s >>\nendobj\n6 0 obj\n%s\nstream\n%s\nendstream\nendobj\n"
+    """Objects that the table does not list: PDFium mends the table, as it must for many files."""
+    look = b"<< /Type /XObject /Subtype /Form /BBox [0 0 200 200] /Length 25 >>\nstream\n%s 0 0 200 200 re f\nendstream"
+    at = b"/Type /Annot /F 4 /Rect [%d 100 %d 300] /AP << /N %d 0 R >> "
+    field = b"<< " + at % (100, 300, 7) + b"/Subtype /Widget /FT /Tx /T (a) /V (b) >>"
+    note = b"<< " + at % (350, 550, 8) + b"/Subtype /Stamp >>"
+    body = written([b""], page=b"/Annots [5 0 R 6 0 R]")
     body = body.replace(b"/Type /Catalog", b"/Type /Catalog /AcroForm << /Fields [5 0 R] >>")
-    body = (
-        body[: body.index(b"xref")]
-        + extra % (field, look, b"0 1 0 rg 0 0 200 200 re f     ")
-        + b"trailer\n<< /Root 1 0 R >>\n"
-    )
-    [page] = open_pages(body, CONFIG).pictures
-    assert page.draw()[1872 - 440, 440].tolist() == [0, 255, 0]
+    body = body[: body.rindex(b"xref\n0")]
+    for number, more in enumerate((field, note, look % b"0 1 0 rg", look % b"1 0 0 rg"), 5):
+        body += b"%d 0 obj\n%s\nendobj\n" % (number, more)
+    [page] = open_pages(body + b"trailer\n<< /Root 1 0 R >>\n", CONFIG).pictures
+    pixels = page.draw()
+    assert pixels[1872 - 440, 440].tolist() == [0, 255, 0] and pixels[1872 - 440, 1000].tolist() == [255, 0, 0]
 
 
 def test_a_page_says_how_it_was_scaled(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ print(len(seen), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.
 
 
 def test_a_long_document_takes_no_more_memory(tmp_path: Path) -> None:
-    """The process's peak for 30 scanned pages is that for 3, within two pages' pixels; kept they would take 27 more."""
+    """The process's peak for 30 scanned pages is that for 3, within five pages' pixels; kept they would take 27."""
     scan = np.random.default_rng(0).integers(0, 256, (936, 672, 3), dtype=np.uint8)
     peaks = []
     for count in (3, 30):
@@ -206,7 +206,7 @@ def test_a_long_document_takes_no_more_memory(tmp_path: Path) -> None:
         pages_seen, peak = map(int, run.stdout.split())
         assert pages_seen == count
         peaks.append(peak)
-    assert peaks[1] - peaks[0] < 2 * 1344 * 1872 * 3, peaks
+    assert peaks[1] - peaks[0] < 5 * 1344 * 1872 * 3, peaks
 
 
 def test_threads_take_turns() -> None:
