@@ -185,17 +185,20 @@ def test_one_page_is_kept_at_a_time(count: int, monkeypatch: pytest.MonkeyPatch)
 
 
 SCAN = """
-import resource, sys
+import re, resource, sys
+from pathlib import Path
 from mlx_diffgemma.text.images import PictureConfig
 from mlx_diffgemma.text.pages import open_pages
 seen = open_pages(sys.argv[1], PictureConfig()).pictures
 total = sum(float(page.patches()[0, 0]) for page in seen)
-print(len(seen), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+own = Path("/proc/self/status")  # getrusage's peak on Linux begins with that of the process that started this one
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(len(seen), 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", own.read_text())[1]) if own.exists() else peak)
 """
 
 
 def test_a_long_document_takes_no_more_memory(tmp_path: Path) -> None:
-    """The process's peak for 30 scanned pages is that for 3, within five pages' pixels; kept they would take 27."""
+    """The process's peak for 30 scanned pages is that for 3, within one page's pixels; kept they would take 27."""
     scan = np.random.default_rng(0).integers(0, 256, (936, 672, 3), dtype=np.uint8)
     peaks = []
     for count in (3, 30):
@@ -206,7 +209,7 @@ def test_a_long_document_takes_no_more_memory(tmp_path: Path) -> None:
         pages_seen, peak = map(int, run.stdout.split())
         assert pages_seen == count
         peaks.append(peak)
-    assert peaks[1] - peaks[0] < 5 * 1344 * 1872 * 3, peaks
+    assert peaks[1] - peaks[0] < 1344 * 1872 * 3, peaks
 
 
 def test_threads_take_turns() -> None:
