@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from benchmarks import causal, common, generate, kernels, load, reach, readme, roofline, soak, step
+from benchmarks import causal, common, generate, kernels, load, reach, readme, roofline, soak, step, vision
 from benchmarks.models import generation_config, peer_model, reference_model
 from mlx_diffgemma.config import LayerConfig, ModelConfig
 from mlx_diffgemma.files.weights import load_network
@@ -335,6 +335,19 @@ def test_a_step_of_all_three(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     compared = {name for name, part in result["parts"].items() if "transformers" in part["ratio"]}
     assert compared == {"forward", "step"}
     assert "step, against transformers" in readme.step(document)
+
+
+def test_a_tower_beside_another(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    small = {"hidden_size": 72, "intermediate_size": 100, "num_attention_heads": 2, "num_key_value_heads": 2}
+    narrow = {"head_dim": 36, "position_embedding_size": 64}
+    monkeypatch.setattr(vision, "VISION", vision.VISION | small | narrow)
+    vision.main(["--budget", "70", "--layers", "1", "2", "--runs", "1"])
+    document = _last_line(capsys)
+    assert [found["layers"] for found in document["results"]] == [1, 2]
+    assert max(found["difference"] for found in document["results"]) < 1e-3
+    first, second = (found["seconds"] for found in document["results"])
+    (whole,) = document["projected"]
+    assert whole["seconds"]["ours"] == pytest.approx(first["ours"] + 26 * (second["ours"] - first["ours"]))
 
 
 def test_a_causal_token_is_the_one_that_mlx_lm_makes(tmp_path: Path) -> None:

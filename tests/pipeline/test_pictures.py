@@ -272,7 +272,7 @@ def test_no_prefix_passes_from_one_network_to_the_other(other: DiffusionGemma) -
         (asked("a", None), {}, PromptError, "is an image, and has no picture with it"),
         ("a", {"picture_mask": "gemma4"}, ConfigError, "picture_mask would do nothing: the prompt has no picture"),
         (asked("a", picture()), {"tools": [{"x": 1}]}, TokenizerError, "tools would do nothing"),
-        ([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}], {}, PromptError, "is a video"),
+        ([{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}], {}, PromptError, "is a sound"),
     ],
 )
 def test_what_cannot_be_done_is_refused(
