@@ -202,6 +202,7 @@ def _container(name: str, file: IO[bytes]) -> Iterator[tuple[Any, Any]]:
     """The opened file and its first video stream. Errors: PromptError, here and while frames are decoded."""
     try:
         import av  # pyright: ignore[reportMissingImports]
+        from av.error import FFmpegError  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise PromptError(
             f"{name}: video files need an extra: pip install 'mlx-diffgemma[video]', or give a folder of frames."
@@ -218,7 +219,7 @@ def _container(name: str, file: IO[bytes]) -> Iterator[tuple[Any, Any]]:
             yield container, stream
     except MemoryError as error:
         raise PromptError(f"{name}: too large for the memory that is free.") from error
-    except (av.error.FFmpegError, ValueError, OSError) as error:
+    except (FFmpegError, ValueError, OSError) as error:
         what = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise PromptError(
             f"{name}: cannot be read as a video: {' '.join(what.split())[:160]}.\n"
