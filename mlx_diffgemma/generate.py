@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from . import launched
 from .cli import BUDGET, Number, Option, command, generation_options, model_options, open_model, run_options
 from .disk import existing_file, new_file, reason
 from .errors import PromptError
@@ -32,7 +33,7 @@ _noise_option = partial(click.option, cls=Option, section="Noise")
 _offline_option = partial(click.option, cls=Option, section="A file of prompts")
 
 
-@command("generate")
+@command("generate", machines="share")
 @model_options
 @click.argument("text", required=False)
 @click.option("-p", "--prompt", metavar="TEXT|@FILE|-", help="Text, a file's content, or stdin.")
@@ -349,13 +350,15 @@ class Offline:
 
 def _piped() -> str | None:
     """What is piped into the command, None when nothing is."""
-    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty() or launched.size() > 1:
         return None
     return _standard_input() or None
 
 
 def _standard_input() -> str:
-    """Errors: PromptError when it is closed, or not UTF-8."""
+    """Errors: PromptError when it is closed, or not UTF-8, or has no end."""
+    if launched.size() > 1:
+        raise PromptError("mlx.launch never closes standard input: give the prompt as TEXT or @FILE.")
     if sys.stdin is None:
         raise PromptError("standard input is closed: it cannot be the prompt.")
     raw = getattr(sys.stdin, "buffer", None)

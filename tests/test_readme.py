@@ -137,6 +137,7 @@ INSTALLING = (  # what only a machine with a network can run; `pip install .`: t
     "python3 -m venv ~/diffgemma",
     "source ~/diffgemma/bin/activate",
     "pip install .",
+    'mlx.launch --hostfile hosts.json -- mlx_diffgemma.generate --model /Users/me/pack --prompt "Why is the sky blue?"',
 )
 
 
