@@ -55,6 +55,7 @@ SOLVED = "\nsolved:\n"  # these, the grid's 47, and 5, as there are in a text pr
 PLACE = 4  # of a picture, in a prompt's ids: behind <bos><|turn>user\n
 LORA = adapters.Lora(rank=8, scale=2.0)
 BATCH, RATE, WARMUP = 16, 1e-3, 50
+HARD = np.array([0.08, 0.67, 0.25])  # how often each canvas of an answer is learned: the second reads at a new distance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +151,7 @@ def batch(model: DiffusionGemma, seen: Seen, rng: np.random.Generator) -> tuple[
     prompts = [prompt(model, ask) for ask, _ in questions]
     answers = [[*model.tokenizer.encode(answer), stop] for _, answer in questions]
     counts = [-(-len(answer) // size) for answer in answers]
-    canvases = [int(rng.integers(n)) if rng.random() < 0.3 else n - 1 for n in counts]  # the last is what is hard
+    canvases = [int(rng.choice(n, p=HARD[:n] / HARD[:n].sum())) for n in counts]
     starts = [len(p) + size * number for p, number in zip(prompts, canvases, strict=True)]
     tokens = np.zeros((BATCH, max(starts)), np.int32)
     clean = np.full((BATCH, size), stop, np.int32)
