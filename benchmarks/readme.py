@@ -6,6 +6,7 @@
     macs      the most bits that fit a Mac: computed
     roofline  which recipe for which Mac, and how fast either decoding may be: computed (benchmarks/roofline.py)
     reach     how fast small Macs may be when experts are streamed: computed (benchmarks/reach.py)
+    pairs     how fast two Macs may be that share the model: computed there, too
     step      our step beside mlx-vlm's: from benchmarks/results/step.json; empty while there is no such file
     quality   what each recipe keeps of the built-in model: likewise from recipes.json
     ideas     what each exact idea brings: likewise from ideas.json
@@ -33,7 +34,7 @@ PREFIXES = (4096, 131_072)  # that a Mac must have room for
 PLACES = {
     common.ROOT / "docs" / "getting-started.md": ("macs",),
     common.ROOT / "docs" / "conversion.md": ("recipes",),
-    common.ROOT / "docs" / "reach.md": ("reach",),
+    common.ROOT / "docs" / "reach.md": ("reach", "pairs"),
     common.ROOT / "docs" / "measured.md": ("step", "quality"),
     common.ROOT / "README.md": ("roofline",),
     common.ROOT / "benchmarks" / "README.md": ("ideas",),
@@ -47,7 +48,7 @@ def blocks(results: Path = RESULTS) -> dict[str, str]:
         name: write(read_json(results / file)) if (results / file).exists() else ""
         for name, (file, write) in measured.items()
     }
-    return {"macs": macs(), "recipes": recipes(), "roofline": _roofline(), "reach": _reach(), **made}
+    return {"macs": macs(), "recipes": recipes(), "roofline": _roofline(), "reach": _reach(), "pairs": _pairs(), **made}
 
 
 @cache
@@ -58,6 +59,11 @@ def _roofline() -> str:
 @cache
 def _reach() -> str:
     return reach.table() + "\n"
+
+
+@cache
+def _pairs() -> str:
+    return reach.pairs() + "\n"
 
 
 def place(text: str, name: str) -> tuple[int, int]:

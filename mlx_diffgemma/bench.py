@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from . import launched
 from .cli import Option, command, model_options, open_model
 from .disk import existing_file, new_file, replacing
 from .errors import ConfigError, PromptError
@@ -53,7 +54,7 @@ FIGURES = {  # key → what it is called in a table
 }
 
 
-@command("bench")
+@command("bench", machines="share")
 @model_options
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs of each prompt.")
 @click.option("--only", type=click.Choice(list(PROMPTS)), multiple=True, help="Run this prompt; may be repeated.")
@@ -96,6 +97,8 @@ def main(
         _read(report, "--report")
         click.echo(as_text(read_json(existing_file(report, "--report"), fault=ConfigError)))
         return
+    if launched.size() > 1 and (steps or without):
+        raise ConfigError("--steps and --without measure one machine: start them without mlx.launch.")
     target = new_file(output, "--output")
     begun = time.perf_counter()
     loaded = open_model(source)
@@ -122,6 +125,8 @@ def main(
         figures["autoregressive"] = by_token
     if loaded.network.experts.streamed:
         figures["streaming"] = streaming(loaded, found)
+    if loaded.network.tuning.share.size > 1:
+        figures["sharing"] = sharing(loaded, found)
     if seen is not None:
         figures["picture"] = seen
     if steps:
@@ -139,6 +144,8 @@ def main(
         click.echo("\n".join(_steps_as_text(figures)))
     if "streaming" in figures:
         click.echo(_streaming_as_text(figures["streaming"]))
+    if "sharing" in figures:
+        click.echo(_sharing_as_text(figures["sharing"]))
     if seen is not None:
         click.echo(_picture_as_text(seen))
     click.echo(f"Written to {output}. To compare: mlx_diffgemma.bench --compare {output} OTHER.json")
@@ -179,6 +186,44 @@ def _streaming_as_text(told: dict[str, Any]) -> str:
         f"Streamed: the experts of {told['layers']} layers, {told['bytes_a_pass'] / 1e9:.3g} GB a pass at"
         f" {told['bytes_per_second'] / 1e9:.3g} GB/s; {told['waited']:.0%} of the time computing waited for them: the"
         f" limit is {told['limit']}."
+    )
+
+
+def sharing(model: "DiffusionGemma", prompts: dict[str, Any]) -> dict[str, Any]:
+    """What a step exchanges, how fast the link is, and how much of the counted steps that comes to."""
+    from .model.memory import weight_bytes
+    from .model.ranks import Leader
+    from .model.table import unpacked_dtype
+    from .pipeline import link
+
+    share, config = model.network.tuning.share, model.config
+    assert isinstance(share, Leader)
+    size = unpacked_dtype(model.network.decoder.embed_tokens).size
+    step = link.of_step(config, share.size, item_size=size) + link.messages(config, config.canvas_length, size)
+    speed = share.measure()
+    seconds = step.count * speed.wait + step.nbytes / speed.bytes_per_second
+    taken = [run["seconds_per_step"] for prompt in prompts.values() for run in prompt.get("runs", ())]
+    part = min(seconds / statistics.median(taken), 1.0) if taken else None
+    return {
+        "machines": share.size,
+        "weight_bytes": weight_bytes(model.network),  # of this one
+        "exchanges_a_step": step.count,
+        "bytes_a_step": step.nbytes,
+        "wait_seconds": speed.wait,
+        "bytes_per_second": speed.bytes_per_second,
+        "seconds_a_step": seconds,
+        "part": part,  # of a step's time
+        "limit": "the link" if part is not None and part > 0.5 else "computing",
+    }
+
+
+def _sharing_as_text(told: dict[str, Any]) -> str:
+    part = "" if told["part"] is None else f", {told['part']:.0%} of its time: the limit is {told['limit']}"
+    return (
+        f"{told['machines']} machines, {told['weight_bytes'] / 1e9:.3g} GB of weights on this one. A step exchanges"
+        f" {told['bytes_a_step'] / 1e6:.3g} MB in {told['exchanges_a_step']} exchanges; the link sends"
+        f" {told['bytes_per_second'] / 1e9:.3g} GB/s and takes {told['wait_seconds'] * 1e3:.2g} ms for the least:"
+        f" {told['seconds_a_step'] * 1e3:.3g} ms a step{part}."
     )
 
 

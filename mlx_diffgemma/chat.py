@@ -9,7 +9,7 @@ import click
 
 from .cli import BUDGET, Option, command, generation_options, model_options, open_model, run_options
 from .disk import new_file, reason, replacing
-from .errors import DiffGemmaError
+from .errors import DiffGemmaError, PeerError
 from .generation.settings import GenerationOptions
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 GENERATION = GenerationOptions.__annotations__
 
 
-@command("chat")
+@command("chat", machines="share")
 @model_options
 @click.option("--system-prompt", metavar="TEXT", help="Goes before the conversation.")
 @click.option("--thinking/--no-thinking", default=None, help="Ask for thinking, or for none.")
@@ -55,6 +55,8 @@ def main(
                 talk.obey(line)
             elif line.strip():
                 talk.answer(line)
+        except PeerError:
+            raise
         except DiffGemmaError as error:
             click.echo(f"Error: {error}", err=True)
         except EOFError:

@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 @command("check")
 @click.option("--model", metavar="PATH|REPO", help="A pack of the released model: its tower and published logits too.")
+@click.option("--share", type=click.Choice(["2", "4"]), help="Products in so many machines' pieces, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON instead.")
-def main(model: str | None, as_json: bool) -> None:
+def main(model: str | None, share: str | None, as_json: bool) -> None:
     """Compare what this installation computes with recordings of the reference. Exit status 1 if anything differs."""
     os.environ.setdefault("MLX_ENABLE_TF32", "0")  # the recordings are float32; MLX reads this at its first product
     from .files import hub
     from .proof.device import device
     from .proof.machine import machine
+    from .proof.pieces import pieces
     from .proof.products import products
     from .proof.replay import replay
     from .proof.sight import sight
@@ -39,6 +41,7 @@ def main(model: str | None, as_json: bool) -> None:
         ("recordings of the reference", replay()),
         ("products and attention", products()),
         ("this device", device()),
+        *([("products in pieces", pieces(int(share)))] if share else []),
         ("the vision tower", sight(folder)),
         ("published logits", _published(model)),
     ):
@@ -88,7 +91,8 @@ def say(findings: list["Finding"]) -> None:
     good = [finding for finding in findings if finding.passed]
     for finding in findings:
         if finding.passed is not True or finding.part == "published":
-            word = {None: "left out", False: "WRONG", True: "ok"}[finding.passed]
+            other = "differs" if finding.part == "pieces" else "left out"
+            word = {None: other, False: "WRONG", True: "ok"}[finding.passed]
             click.echo(f"{word:8}  {finding.name}: {finding.says}")
     if good and good[0].part != "published":
         worst = max(good, key=lambda finding: finding.figures.get("error", 0.0))

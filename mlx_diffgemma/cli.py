@@ -13,18 +13,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
+from . import launched
 from ._version import __version__
 from .disk import reason
-from .errors import ConfigError, DiffGemmaError
+from .errors import ConfigError, DiffGemmaError, PeerError
 from .files.shipped import BUILT_IN
 from .readers import parse_json
 from .values import shown
 
 if TYPE_CHECKING:
+    from .model.ranks import Ranks
+    from .model.sharing import Share
     from .pipeline.model import DiffusionGemma
 
 COMMANDS = {
@@ -52,6 +55,8 @@ class Option(click.Option):
         self.section = section
 
 
+Machines = Literal["one", "share", "each"]  # of those that mlx.launch started: which run a command
+
 _LAST = "Machine Other"  # the sections that come last
 
 
@@ -59,6 +64,7 @@ class Command(click.Command):
     """A command whose failures are one to three lines on stderr, with a traceback only on `--debug`."""
 
     everything = False  # whether the help that is being written is `--help-all`'s
+    machines: Machines = "one"
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -84,6 +90,9 @@ class Command(click.Command):
 
     def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:  # pyright: ignore
         args = list(sys.argv[1:] if args is None else args)
+        say, lost = _complain, None
+        if launched.rank() and self.machines != "each":
+            say = _mute()
         try:
             with _terminable():
                 _open_streams()
@@ -93,17 +102,38 @@ class Command(click.Command):
             status = 130
         except click.ClickException as error:
             status = error.exit_code
-            _complain(error.format_message() + _hint(error))
+            say(error.format_message() + _hint(error))
+        except PeerError as error:
+            lost = error
+        except SystemExit as error:
+            status = error.code
         except Exception as error:
             if "--debug" in args:
                 raise
             status = 1
-            _complain(_in_words(error))
+            say(_in_words(error))
+        if lost := lost or next((share.lost for share in _JOINED if share.lost), None):
+            status = 1
+            _complain(str(lost))
         sys.exit(status if isinstance(status, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if launched.size() == 1 or self.machines == "each":
+            return super().invoke(ctx)
+        if self.machines == "one":
+            if not launched.rank():
+                raise ConfigError(f"{self.name} runs on one machine: start it without mlx.launch.")
+            return None
+        if not launched.rank():
+            return super().invoke(ctx)
+        found = {name: ctx.params.get(name) for name in _LOADING}
+        return _follow({name: value for name, value in found.items() if value is not None and value != ()})
 
 
 class Group(Command, click.Group):
     """Imports a command's module when that command is asked for, so that `--help` is quick."""
+
+    machines: Machines = "each"
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -149,6 +179,27 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def _mute() -> Callable[[str], None]:
+    """On another machine than the first: that one speaks, and says when it is over."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  as long as the process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return lambda _: None
+
+
+def _follow(source: dict[str, Any]) -> None:
+    """Compute what the first machine announces. Errors: PeerError."""
+    model = open_model(source, quiet=True)
+    from .pipeline.following import follow
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what waits for a message looks at no signals
+    try:
+        follow(model)
+    except PeerError:
+        raise
+    except DiffGemmaError as error:
+        raise PeerError(str(error)) from None
+
+
 def _complain(message: str) -> None:
     text = "Error: " + message.replace("\n", "\n       ")
     with suppress(OSError):
@@ -191,11 +242,15 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
-    """Make a function the command `name`: `-h`, `--help-all`, `--version`, `--debug`, and plain errors."""
+def command(name: str, *, machines: Machines = "one") -> Callable[[Callable[..., None]], click.Command]:
+    """Make a function the command `name`: `-h`, `--help-all`, `--version`, `--debug`, and plain errors.
+
+    `machines`: of several that mlx.launch started, "one" refuses, "share" shares the model, "each" is run by all.
+    """
 
     def decorate(function: Callable[..., None]) -> click.Command:
         made = click.command(name, cls=Command, context_settings=_NAMES)(function)
+        made.machines = machines
         flag: dict[str, Any] = {"is_flag": True, "expose_value": False, "section": "Other"}
         made.params += [
             Option(["--help-all"], is_eager=True, callback=_help_all, help="Show this.", **flag),
@@ -279,6 +334,7 @@ def open_model(source: dict[str, Any], *, quiet: bool = False) -> "DiffusionGemm
     from .pipeline.loading import load
     from .terminal.console import console
 
+    share = _share()
     stderr = console(stderr=True, quiet=quiet)
     if "model" not in source:
         stderr.print(
@@ -292,10 +348,46 @@ def open_model(source: dict[str, Any], *, quiet: bool = False) -> "DiffusionGemm
     if "memory_limit" in source:
         options["memory_limit"] = max(int(source["memory_limit"] * 1e9), 1)
     with stderr.status(Text(f"Loading {source.get('model', 'the built-in model')}")):
-        model = load(source.get("model", BUILT_IN), ignore_keys=source.get("ignore_key", ()), **options)
+        model = load(source.get("model", BUILT_IN), ignore_keys=source.get("ignore_key", ()), share=share, **options)
     for notice in model.notices:
         stderr.print(f"Note: {notice}", style="dim")
     return model
+
+
+def _share() -> "Share":
+    """The machines that mlx.launch started, or this one alone. Errors: ConfigError."""
+    from .model.sharing import ALONE
+
+    if launched.size() == 1:
+        return ALONE
+    from .model.ranks import join
+
+    _native_stderr()
+    share = join()
+    _JOINED.append(share)
+    return share
+
+
+_JOINED: "list[Ranks]" = []
+
+
+def _native_stderr() -> None:
+    """MLX's ring tells each failed look at a socket on standard error, some twenty lines; ours is one."""
+    if "MLX_RING_VERBOSE" in os.environ:
+        return
+    kept = os.dup(2)
+    read, write = os.pipe()
+    os.dup2(write, 2)
+    os.close(write)
+    sys.stderr = open(kept, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115  as long as the process
+
+    def pass_on() -> None:
+        with open(read, "rb") as lines:
+            for line in lines:
+                if not line.startswith(b"[ring]"):
+                    os.write(kept, line)
+
+    threading.Thread(target=pass_on, daemon=True).start()
 
 
 class _JsonObject(click.ParamType):

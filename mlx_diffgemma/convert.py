@@ -44,17 +44,29 @@ def print_plan(config: ModelConfig, recipe: Recipe, planned: "Sequence[Planned]"
         table.add_row(component, *row, style="bold" if size is total else "")
     out.print(recipe.because, table, f"weight files: {weight_files:,} bytes", sep="\n", highlight=False)
     text = total.nbytes - (components["vision"].nbytes if "vision" in components else 0)
-    titles = ("prefix", "memory to run", "fits a Mac of", "with a raised limit*", "streamed, a Mac of", "GB a pass")
-    memory = Table(*titles, title="estimated")
+    titles = ("prefix", "memory to run", "fits a Mac of", "with a raised limit*", "two Macs of")
+    memory = Table(*titles, "streamed, a Mac of", "GB a pass", title="estimated")
     for prefix in (4096, 32_768, 131_072):
         needed = memory_needed(config, text, prefix)
         smallest = [f"{mac} GB" if mac else "none" for mac in smallest_macs(needed)]
         mac, nbytes = smallest_streaming(config, Sizes.planned(config, planned), prefix)
         streamed = (f"{mac} GB", f"{nbytes / 1e9:.1f}") if mac else ("none", "")
-        memory.add_row(f"{prefix // 1024}K", f"{needed / 1e9:.1f} GB", *smallest, *streamed)
+        two = _two_macs(config, planned, prefix)
+        memory.add_row(f"{prefix // 1024}K", f"{needed / 1e9:.1f} GB", *smallest, two, *streamed)
     out.print(memory, "* sudo sysctl iogpu.wired_limit_mb=…", sep="\n", highlight=False)
     out.print(_of_pictures(config, total.nbytes - text), highlight=False, soft_wrap=True)
     _warn(recipe, planned)
+
+
+def _two_macs(config: ModelConfig, planned: "Sequence[Planned]", prefix: int) -> str:
+    """The smallest Macs of which two hold the model together, as they come."""
+    from .model.memory import memory_needed, smallest_macs
+    from .model.sharing import Share
+    from .pipeline.fitting import Sizes
+
+    half = Share(0, 2)
+    mac, _ = smallest_macs(memory_needed(half.own(config), Sizes.planned(config, planned, half).held(0), prefix))
+    return f"{mac} GB" if mac else "none"
 
 
 def _of_pictures(config: ModelConfig, tower: int) -> str:

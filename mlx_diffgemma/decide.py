@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .pipeline.deciding import Decision
 
 
-@command("decide")
+@command("decide", machines="share")
 @model_options
 @click.option("--state", metavar="TEXT|@FILE", help="What the questions are about.")
 @click.option(

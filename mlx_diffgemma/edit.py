@@ -25,7 +25,7 @@ class Lines(click.ParamType):
         return int(first), int(last if dash else first)
 
 
-@command("edit")
+@command("edit", machines="share")
 @model_options
 @click.argument("file")
 @click.option("--lines", type=Lines(), required=True, metavar="A-B", help="Which lines to write anew, from 1.")

@@ -35,3 +35,7 @@ class NoiseError(DiffGemmaError):
 
 class TrainingError(DiffGemmaError):
     """Training data or settings that cannot work, or a loss that is no longer a number."""
+
+
+class PeerError(DiffGemmaError):
+    """A machine that shares the model was lost, or is out of step; this process cannot go on."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from . import launched
 from .cli import BUDGET, Number, Option, command, generation_options, model_options, open_model, run_options
 from .disk import existing_file, new_file, reason
 from .errors import PromptError
@@ -32,7 +33,7 @@ _noise_option = partial(click.option, cls=Option, section="Noise")
 _offline_option = partial(click.option, cls=Option, section="A file of prompts")
 
 
-@command("generate")
+@command("generate", machines="share")
 @model_options
 @click.argument("text", required=False)
 @click.option("-p", "--prompt", metavar="TEXT|@FILE|-", help="Text, a file's content, or stdin.")
@@ -261,17 +262,22 @@ class Demo:
         from .terminal.console import console
         from .terminal.scenes import SCENES, what_it_knows
         from .terminal.sinks import Pace
+        from .terminal.thumbnail import thumbnail
+        from .text.parts import taken_out
 
         model, screen = open_model(self.reply.source, quiet=True), console()
         live = screen.is_terminal and not screen.is_dumb_terminal
         for number, scene in enumerate(SCENES):
             default = scene.pace if live or self.recording else 0.0
             pace = Pace(default if self.reply.pace is None else self.reply.pace)
+            messages = model.opened([scene.message])
+            if live and scene.image:
+                screen.print("", *map(thumbnail, taken_out(messages)[1]), sep="\n")
             screen.print(f"{'' if number == 0 else chr(10)}{scene.prompt}\n", style="bold")
             if self.recording:
                 self.recording.commit(f"{'' if number == 0 else chr(10)}{scene.prompt}\n\n", "asked")
             pace.rest()
-            request = self.reply.request(model, [{"role": "user", "content": scene.prompt}], seed=scene.seed)
+            request = self.reply.request(model, messages, seed=scene.seed)
             self.reply.run(model, request, pace, self.recording)
         click.echo(f"\n{what_it_knows()}", err=True)
         click.echo("The real model: mlx_diffgemma.convert, then mlx_diffgemma.chat --model PATH (README)", err=True)
@@ -344,13 +350,15 @@ class Offline:
 
 def _piped() -> str | None:
     """What is piped into the command, None when nothing is."""
-    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty() or launched.size() > 1:
         return None
     return _standard_input() or None
 
 
 def _standard_input() -> str:
-    """Errors: PromptError when it is closed, or not UTF-8."""
+    """Errors: PromptError when it is closed, or not UTF-8, or has no end."""
+    if launched.size() > 1:
+        raise PromptError("mlx.launch never closes standard input: give the prompt as TEXT or @FILE.")
     if sys.stdin is None:
         raise PromptError("standard input is closed: it cannot be the prompt.")
     raw = getattr(sys.stdin, "buffer", None)

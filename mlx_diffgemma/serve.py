@@ -27,7 +27,7 @@ LEVELS = ("debug", "info", "warning", "error")
 PATIENCE = 5  # seconds that a stream has for its last words when the server stops
 
 
-@command("serve")
+@command("serve", machines="share")
 @model_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need --api-key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one.")

@@ -42,7 +42,7 @@ _further = partial(click.option, cls=Option, section="Training")
 _watching = partial(click.option, cls=Option, section="Watching it")
 
 
-@command("train")
+@command("train", machines="each")
 @click.option("--model", metavar="PATH|REPO", help="What to fine-tune.  [default: the built-in one]")
 @click.option("--data", metavar="PATH|REPO", help="Folder or Hub dataset with train.jsonl.")
 @click.option("--output", "--adapter-path", metavar="DIR", help="Where the result goes.  [default: adapters]")
@@ -129,13 +129,13 @@ class Run:
 
         from .files import adapters
         from .files.checkpoint import read_config
+        from .files.folder import fingerprint_of
         from .files.hub import resolve
         from .files.weights import check_apart, load_network
         from .model.network import Network
         from .text.tokenizer import Tokenizer
         from .training import preparation, trainer
         from .training.data import ends_of, read_data
-        from .training.identity import fingerprint_of
 
         self.first = mx.distributed.init().rank() == 0
         folder = self._folder(resolve)

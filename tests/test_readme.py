@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from benchmarks import readme
 from docs import write
 from mlx_diffgemma.cli import main
+from mlx_diffgemma.files.shipped import EYES
 from tests import seeing, small
 
 ROOT = Path(__file__).parent.parent
@@ -136,6 +137,7 @@ INSTALLING = (  # what only a machine with a network can run; `pip install .`: t
     "python3 -m venv ~/diffgemma",
     "source ~/diffgemma/bin/activate",
     "pip install .",
+    'mlx.launch --hostfile hosts.json -- mlx_diffgemma.generate --model /Users/me/pack --prompt "Why is the sky blue?"',
 )
 
 
@@ -181,7 +183,9 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("reader")
     small.write_checkpoint(home / "released")
     seeing.write_checkpoint(home / "seeing")
-    seeing.picture().save(home / "cat.png")
+    for name in ("cat", "page", "screen"):
+        seeing.picture().save(home / f"{name}.png")
+    shutil.copy(EYES / "puzzle.png", home)
     (home / "frames").mkdir()
     for number in range(12):
         seeing.picture(number).save(home / "frames" / f"{number}.png")

@@ -21,8 +21,8 @@ from ..model.layers import Experts
 from ..model.network import Network, leaves
 from ..model.supply import Done, Resident, Traffic
 from .checkpoint import Checkpoint
-from .layout import is_vision
-from .reading import Files, Rows, empty, joined, raw, whole
+from .reading import Files, Rows, empty, raw
+from .shared import own_rows, rows_of
 from .weights import nonfinite
 
 SLOTS = 2
@@ -168,11 +168,10 @@ def spread(count: int, layers: int) -> tuple[int, ...]:
 
 
 def _stored(network: Network, checkpoint: Checkpoint, number: int) -> Layer:
-    prefix = f"model.decoder.layers.{number}.experts."
-    rows = {name: whole(tensor) for name, tensor in checkpoint.tensors.items() if not is_vision(name)}
-    rows |= {name: joined(*halves) for name, halves in checkpoint.joined.items()}
-    held = leaves(network.decoder.layers[number].experts.parameters())
-    return {name: Part(rows=rows[prefix + name], shape=array.shape, dtype=array.dtype) for name, array in held.items()}
+    prefix, stored = f"decoder.layers.{number}.experts.", rows_of(checkpoint)
+    held, share = leaves(network.decoder.layers[number].experts.parameters()), network.tuning.share
+    rows = {name: own_rows(stored[prefix + name], share.spans(network.config, prefix + name)) for name in held}
+    return {name: Part(rows=rows[name], shape=array.shape, dtype=array.dtype) for name, array in held.items()}
 
 
 def _read(files: Files, layer: Layer, targets: Mapping[str, np.ndarray], traffic: Traffic) -> None:

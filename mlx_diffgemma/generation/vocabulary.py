@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 import numpy as np
 
+from ..model.sharing import Share
 from ..model.table import Runs, Table, block_scores, mix, scaled, scores, shaped, unpacked_dtype
 from ..model.tuning import DEFAULT, Tuning
 
@@ -56,6 +57,11 @@ class Shaping:
             return logits
         banned = (ids[..., None] == mx.array(self.forbidden)).any(axis=-1) & self.positions[:, None]
         return mx.where(banned, LOWEST, logits)
+
+    def told(self) -> dict[str, Any]:
+        """What another machine makes the same of."""
+        own = {"cap": self.cap, "forbidden": self.forbidden, "positions": self.positions}
+        return {**own, "temperature": float(self.temperature)}
 
     def at(self, rows: mx.array) -> "Shaping":
         """The same for some of the positions."""
@@ -207,20 +213,59 @@ def sparse_signal(sums: Sums, best: mx.array, rows: mx.array, *, tuning: Tuning 
 
 
 def _walk(x: mx.array, table: Table, shaping: Shaping, with_signal: bool, tuning: Tuning) -> "_Run":
-    """The sums for x [N, H]. Streams share the parts, and walk theirs in step with one another."""
-    size = table.weight.shape[0]
-    streams = lanes(size, tuning)
+    """The sums for x [N, H]. Machines share the parts."""
+    share = tuning.share
+    if share.size == 1:
+        groups = _parts(x, table, shaping, with_signal, tuning)
+    else:
+        with share.announced("walk", x=x, with_signal=with_signal, **shaping.told()) as done:
+            groups = list(_gathered(_parts(x, table, shaping, with_signal, tuning), table, share))
+            done([group.state for group in groups])
+    whole = reduce(_Run.join, [one for group in groups for one in group.each()])
+    return replace(whole, blocks=tuple(blocks for group in groups for blocks in group.blocks))
+
+
+def take_part(x: mx.array, table: Table, shaping: Shaping, with_signal: bool, tuning: Tuning) -> None:
+    """On a machine that follows: the walk for x [N, H] that was announced."""
+    _walk(x, table, shaping, with_signal, tuning)
+
+
+def _parts(x: mx.array, table: Table, shaping: Shaping, with_signal: bool, tuning: Tuning) -> "list[_Run]":
+    """The sums over this machine's parts. Streams share them, and walk theirs in step with one another."""
+    size, parts = table.weight.shape[0], tuning.share.part(PARTS)
+    streams = lanes(size, tuning)[: len(parts)]
     runs: dict[int, _Run] = {}  # by the first of the parts that are walked abreast
-    for round_ in zip_longest(*(_tiles(size, tuning.ids_at_once, share) for share in _shares(len(streams)))):
+    for round_ in zip_longest(*(_tiles(size, tuning.ids_at_once, some) for some in _shares(parts, len(streams)))):
         # Wait for the round before: MLX would else compute every tile's logits first, and hold them all.
         before = [array for run in runs.values() for array in run.state]
         for tile, stream in zip(round_, streams, strict=True):
             if tile:
                 with mx.stream(stream):
                     _add(runs, mx.depends(x, before) if before else x, table, shaping, tile, with_signal)
-    groups = [runs[part] for part in sorted(runs)]
-    whole = reduce(_Run.join, [one for group in groups for one in group.each()])
-    return replace(whole, blocks=tuple(blocks for group in groups for blocks in group.blocks))
+    return [runs[part] for part in sorted(runs)]
+
+
+def _gathered(groups: "list[_Run]", table: Table, share: Share) -> "Iterator[_Run]":
+    """The sums over every machine's parts, one by one; all in one exchange."""
+    size, block = table.weight.shape[0], _block(table.weight.shape[0])
+    folds = [[(fold.ids.stop - fold.ids.start) // block for fold in _folds(size, part)] for part in range(PARTS)]
+    room = most_numbers(size)
+    own = mx.concatenate([group.columns(room) for group in groups])  # [parts, N, columns]
+    [flat] = share.gather(own.flatten())
+    for like, columns, sizes in zip([groups[0]] * PARTS, flat.reshape(PARTS, 1, *own.shape[1:]), folds, strict=True):
+        yield like.of_columns(columns, sizes)
+
+
+def is_parted(vocabulary: int) -> bool:
+    """Whether every part has ids: machines can share them."""
+    return all(any(_folds(vocabulary, part)) for part in range(PARTS))
+
+
+def most_numbers(vocabulary: int) -> int:
+    """Of blocks and folds in a part, the most."""
+    block = _block(vocabulary)
+    parts = [list(_folds(vocabulary, part)) for part in range(PARTS)]
+    return max(len(folds) + (folds[-1].ids.stop - folds[0].ids.start) // block for folds in parts if folds)
 
 
 def _add(
@@ -290,9 +335,9 @@ def _abreast(vocabulary: int, tile: int, parts: int) -> int:
     return next(count for count in (4, 2, 1) if count == 1 or (parts % count == 0 and count * fold <= tile))
 
 
-def _shares(lanes: int) -> list[range]:
-    """Which parts each lane walks."""
-    return [range(PARTS * lane // lanes, PARTS * (lane + 1) // lanes) for lane in range(lanes)]
+def _shares(parts: range, lanes: int) -> list[range]:
+    """Which of these parts each lane walks."""
+    return [parts[len(parts) * lane // lanes : len(parts) * (lane + 1) // lanes] for lane in range(lanes)]
 
 
 def lanes(vocabulary: int, tuning: Tuning) -> Sequence[mx.Stream | mx.ThreadLocalStream]:
@@ -375,6 +420,35 @@ class _Run:
         rest = zip(_unstacked(self.maximum), _unstacked(self.best), _unstacked(self.sums), soft, strict=True)
         for maximum, best, sums, of_part in rest:
             yield replace(self, maximum=maximum, best=best, sums=sums, soft=of_part, blocks=())
+
+    def columns(self, room: int) -> mx.array:
+        """All of it side by side, [parts, N, columns]; with room for so many numbers of blocks and folds."""
+        [held] = self.blocks
+        masses, maxima = mx.concatenate([*held.masses], axis=-1), mx.stack([*held.maxima], axis=-1)
+        padding = [mx.zeros((*masses.shape[:-1], room - masses.shape[-1] - maxima.shape[-1]))]
+        soft = [] if self.soft is None else [self.soft.astype(mx.float32)]
+        numbers = [self.maximum[..., None], self.best[..., None].view(mx.float32), self.sums]
+        return mx.concatenate([*numbers, *soft, masses, maxima, *padding], axis=-1)
+
+    def of_columns(self, columns: mx.array, sizes: list[int]) -> "_Run":
+        """One part from its `columns` [1, N, columns], with folds of so many blocks each, in the manner of `self`."""
+        count = self.sums.shape[-1]
+        width = 0 if self.soft is None else self.soft.shape[-1]
+        ends = np.cumsum([1, 1, count, width, sum(sizes), len(sizes)]).tolist()
+        maximum, best, sums, soft, masses, maxima, _ = mx.split(columns, ends, axis=-1)
+        return replace(
+            self,
+            maximum=maximum[..., 0],
+            best=best[..., 0].view(mx.int32),
+            sums=sums,
+            soft=soft if width else None,
+            blocks=(
+                _Blocks(
+                    masses=tuple(mx.split(masses, np.cumsum(sizes)[:-1].tolist(), axis=-1)),
+                    maxima=tuple(one.squeeze(-1) for one in mx.split(maxima, len(sizes), axis=-1)),
+                ),
+            ),
+        )
 
     @property
     def state(self) -> list[mx.array]:

@@ -53,8 +53,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(self.up(x))
+    def __call__(self, x: mx.array, tuning: Tuning = DEFAULT) -> mx.array:
+        [wide] = tuning.share.gather(self.up(x))
+        return tuning.share.gather(self.down_proj(wide))[0]
 
     def up(self, x: mx.array) -> mx.array:
         """[…, H] → the inner values that `down_proj` takes."""
@@ -177,7 +178,8 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, tuni
     other, each with the keys it can see. A query's result is its own, so this changes nothing.
     """
     length, total = queries.shape[2], keys.shape[2]
-    most = max(tuning.scores // (queries.shape[1] * total * queries.dtype.size), 1)  # queries at once
+    heads = queries.shape[1] * tuning.share.size  # the same runs, whoever shares the heads
+    most = max(tuning.scores // (heads * total * queries.dtype.size), 1)  # queries at once
     if isinstance(mask, tuple):
         rows = [slice(i, i + 1) for i in range(len(mask))]
         return mx.concatenate([_attend_row(queries[i], keys[i], values[i], mask[i.start], most) for i in rows])
@@ -312,8 +314,8 @@ class SelfConditioning(MLP):
         self.pre_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.eps = config.rms_norm_eps
 
-    def condition(self, embeddings: mx.array, signal: mx.array | None) -> mx.array:
+    def condition(self, embeddings: mx.array, signal: mx.array | None, tuning: Tuning = DEFAULT) -> mx.array:
         """[B, L, H] and the signal [B, L, H] → [B, L, H]. None is the zero signal, whose MLP is zero."""
         if signal is not None:
-            embeddings = embeddings + self(self.pre_norm(signal))
+            embeddings = embeddings + self(self.pre_norm(signal), tuning)
         return mx.fast.rms_norm(embeddings, None, self.eps)

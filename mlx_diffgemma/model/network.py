@@ -64,11 +64,16 @@ class Network(nn.Module):
         self.decoder = Decoder(config)
         self.encoder = Encoder(config)
 
+    @property
+    def own(self) -> ModelConfig:
+        """The architecture with the key heads that this machine holds: what a prefix costs here."""
+        return self.tuning.share.own(self.config)
+
     def make_cache(
         self, batch_size: int = 1, left_padding: list[int] | None = None, canvas_length: int | None = None
     ) -> PrefixCache:
         """An empty prefix cache for this network."""
-        return PrefixCache(
+        return self.tuning.share.make_cache(
             self.config,
             batch_size=batch_size,
             left_padding=left_padding,
@@ -92,6 +97,15 @@ class Network(nn.Module):
         `blocks` says of every row where among these T tokens a picture's begin and end: whole ones, in order.
         Returns hidden states [B, T, H] after the last norm; they cost nothing unless they are evaluated.
         """
+        told = {"inputs": inputs, "blocks": blocks, "picture_mask": picture_mask}
+        with self.tuning.share.announced("encode", cache, **told) as done:
+            x = self._encode(inputs, cache, blocks, picture_mask)
+            done(x, cache.state)
+        return x
+
+    def _encode(
+        self, inputs: mx.array, cache: PrefixCache, blocks: Sequence[Spans], picture_mask: PictureMask
+    ) -> mx.array:
         x = inputs if inputs.ndim == 3 else self.embed(inputs)
         scalars = [layer.layer_scalar for layer in self.encoder.language_model.layers]
         padding = _counts(cache, x.shape[0]) if any(blocks) else []
@@ -125,7 +139,13 @@ class Network(nn.Module):
     def denoise(self, canvas: mx.array, cache: PrefixCache, signal: mx.array | None) -> mx.array:
         """One look at the canvas ids [B, L] behind the prefix, given the signal [B, L, H] of the step before
         (None: the zero signal of step 0). Returns hidden states [B, L, H] after the last norm."""
-        x = self.decoder.self_conditioning.condition(self.embed(canvas), signal)
+        with self.tuning.share.announced("denoise", cache, canvas=canvas, signal=signal) as done:
+            x = self.decoder.self_conditioning.condition(self.embed(canvas), signal, self.tuning)
+            x = self._look(x, cache)
+            done(x)
+        return x
+
+    def _look(self, x: mx.array, cache: PrefixCache) -> mx.array:
         scalars = [layer.layer_scalar for layer in self.decoder.layers]
 
         def mask(layer: LayerCache) -> masks.Mask:

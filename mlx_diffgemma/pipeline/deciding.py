@@ -191,7 +191,7 @@ class _Run:
             raise ConfigError(f"the longest label takes {needed} tokens with its end; the canvas has {length}.")
         engine.count_canvases(model.network, prompts, self.settings, length)
         prefix = max(map(len, prompts))
-        check_memory(model.config, weight_bytes(model.network), model.memory_limit, prefix, rows=len(rows))
+        check_memory(model.network.own, weight_bytes(model.network), model.memory_limit, prefix, rows=len(rows))
         noise = SeededNoise([self.seed] * len(rows), length=length, vocabulary=model.config.vocab_size)
         return labels.log_probabilities(model.network, prompts, ids, self.settings, noise, length)
 

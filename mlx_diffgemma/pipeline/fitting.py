@@ -15,6 +15,7 @@ from ..files import layout
 from ..files.streaming import SLOTS, spread
 from ..model.memory import MACS, STEP, SightMemory, lent, machine_limit, memory_needed
 from ..model.network import Network, leaves
+from ..model.sharing import ALONE, Share
 
 if TYPE_CHECKING:
     from ..packing.plan import Planned
@@ -36,14 +37,17 @@ class Sizes:
         return cls(trunk=_bytes(leaves(network.parameters()).values()) - sum(layers) + growth, layers=layers)
 
     @classmethod
-    def planned(cls, config: ModelConfig, planned: "Iterable[Planned]") -> "Sizes":
-        """Of a pack that is not made yet; vision is not counted."""
+    def planned(cls, config: ModelConfig, planned: "Iterable[Planned]", share: Share = ALONE) -> "Sizes":
+        """Of a pack that is not made yet, or of one machine's share of it; vision is not counted."""
         layers, trunk = [0] * len(config.layers), 0
         for item in planned:
+            spans = share.spans(config, f"{item.source.path.removeprefix('model.')}.weight")
+            rows = item.source.shape[-2] if spans else 1
+            nbytes = item.nbytes * sum(stop - start for start, stop in spans) // rows if spans else item.nbytes
             if match := re.search(r"\.layers\.(\d+)\.experts\.", item.source.path):
-                layers[int(match[1])] += item.nbytes
+                layers[int(match[1])] += nbytes
             elif item.source.component != "vision":
-                trunk += item.nbytes
+                trunk += nbytes
         return cls(trunk=trunk, layers=tuple(layers))
 
     def held(self, streamed: int) -> int:

@@ -161,7 +161,7 @@ class Request:
         weights = weight_bytes(self.network) + self._kept_bytes()
         seen = [placed for row in self.pictures for placed in row]
         sight = model.seeing.memory(seen) if seen else None
-        check_memory(model.config, weights, model.memory_limit, prefix, rows=rows, forks=forks, sight=sight)
+        check_memory(self.network.own, weights, model.memory_limit, prefix, rows=rows, forks=forks, sight=sight)
 
     def _kept_bytes(self) -> int:
         """What a step under constraints holds for the signal: a weight of every id of a text at every position."""

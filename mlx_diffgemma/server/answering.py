@@ -493,7 +493,7 @@ class Cut:
 
 def held(model: DiffusionGemma, prefix: int) -> int:
     """Bytes of keys and values for one row with a prefix of that many tokens, and for a fork that outlives it."""
-    return memory_needed(model.config, 0, prefix, forks=1) - STEP
+    return memory_needed(model.network.own, 0, prefix, forks=1) - STEP
 
 
 def free_bytes(model: DiffusionGemma) -> int:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from ..errors import DiffGemmaError
+from ..errors import DiffGemmaError, PeerError
 from ..model import threads
 from ..pipeline.model import DiffusionGemma
 from ..text.images import PictureConfig
@@ -149,7 +149,7 @@ class Scheduler:
             self._say("stopped")
         except BaseException as error:
             self.fault = error
-            if self.state == "ready":
+            if self.state == "ready" and not isinstance(error, PeerError):
                 log.exception("the model's thread has ended")
             self._say("dead")
         finally:
@@ -234,6 +234,8 @@ class Scheduler:
         while not (self._stopping or job.cancelled.is_set()):
             try:
                 beat: Beat | None = next(job.beats, None)
+            except PeerError:
+                raise
             except DiffGemmaError as error:
                 self._end(job, Failed(why="refused", message=str(error)))
                 return

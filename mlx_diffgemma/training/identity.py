@@ -20,7 +20,6 @@ from .settings import Settings
 
 FILE = "run.json"
 FREE = frozenset(("steps", "evaluate_every", "save_every", "keep", "checkpoint_layers"))  # what may change on the way
-BLOCK, BLOCKS = 4096, 64  # bytes, and how many of them are taken from a weight file
 
 
 def identity(settings: Settings, examples: Sequence[Example], processes: int, origin: dict[str, Any]) -> dict[str, Any]:
@@ -31,20 +30,6 @@ def identity(settings: Settings, examples: Sequence[Example], processes: int, or
         data.update(repr((example.prompt, example.response)).encode())
     made = {**origin, **kept, "training data": data.hexdigest()[:16], "processes": processes}
     return parse_json(json.dumps(made), FILE)  # as it comes back from the file
-
-
-def fingerprint_of(folder: Path) -> str:
-    """The weights and the config in `folder`, by their sizes, headers and evenly spread blocks: quick, and the same for
-    a copy elsewhere."""
-    digest = hashlib.sha256()
-    for file in (folder / "config.json", *visible(folder, "*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as stream:
-            for i in range(BLOCKS):
-                stream.seek(size * i // BLOCKS)
-                digest.update(stream.read(BLOCK))
-    return digest.hexdigest()[:16]
 
 
 @contextmanager

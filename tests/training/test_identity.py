@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from mlx_diffgemma.errors import TrainingError
+from mlx_diffgemma.files.folder import fingerprint_of
 from mlx_diffgemma.training.data import Example
-from mlx_diffgemma.training.identity import FILE, claimed, fingerprint_of, identity
+from mlx_diffgemma.training.identity import FILE, claimed, identity
 from mlx_diffgemma.training.settings import Settings
 
 DATA = [Example(prompt=(2, 5), response=(6, 7)), Example(prompt=(2, 6), response=(8,))]
