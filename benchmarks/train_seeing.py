@@ -6,7 +6,8 @@
 The tower stays as it is. A projection is fitted by least squares, so that a soft token looks like the character that it
 stands for, and trained on with an adapter on the text model: "Read this puzzle:" wants the grid as the text prompts
 write it; "Solve this Sudoku:" wants it, too, placed so that the third canvas, the solution, begins as far behind it as
-in text prompts: solving knows distances, and an adapter does not learn others. Both are attached only where a prompt
+in text prompts: solving knows distances, and an adapter does not learn others. (What is shipped reads; it does not read
+well enough inside of that answer to solve, see LOG.md.) Both are attached only where a prompt
 has a picture, so nothing that is asked in words changes. Writes mlx_diffgemma/demo/eyes as build/eyes/seeing:
 model.safetensors, the tower and the projection under their names in a checkpoint; config.json with the ids around a
 picture; adapter/; puzzle.png, which the demo shows.

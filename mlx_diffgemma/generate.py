@@ -271,7 +271,7 @@ class Demo:
             default = scene.pace if live or self.recording else 0.0
             pace = Pace(default if self.reply.pace is None else self.reply.pace)
             messages = model.opened([scene.message])
-            if live and scene.image:
+            if live and scene.image and screen.color_system and not screen.no_color:
                 screen.print("", *map(thumbnail, taken_out(messages)[1]), sep="\n")
             screen.print(f"{'' if number == 0 else chr(10)}{scene.prompt}\n", style="bold")
             if self.recording:

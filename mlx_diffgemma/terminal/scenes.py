@@ -50,7 +50,7 @@ SUDOKU = Task(  # 12 givens, of which every next digit follows; it takes a dozen
     seed=8,
     pace=0.42,
 )
-SEEN = Task(name="6×6 Sudoku, seen", prompt="Read this puzzle:", image=EYES / "puzzle.png")
+SEEN = Task(name="6×6 Sudoku, read", prompt="Read this puzzle:", image=EYES / "puzzle.png")
 TASKS = (NAMES, JSON, TABLE, LETTER, SUDOKU)
 SCENES = (NAMES, JSON, TABLE, SEEN, SUDOKU)
 
@@ -61,7 +61,7 @@ def what_it_knows(tasks: Sequence[Task] = TASKS) -> str:
     lines = ["The built-in model has a million weights and knows five tasks; a prompt to copy for each:"]
     for task in tasks:
         lines.append(f"  {task.name:{width}}  mlx_diffgemma.generate {_quoted(task.prompt)}")
-    lines.append("It sees drawn 6×6 grids, too: --image PUZZLE.png before the prompt.")
+    lines.append("It reads drawn 6×6 grids, too: --image PUZZLE.png --prompt 'Read this puzzle:'")
     return "\n".join(lines)
 
 
