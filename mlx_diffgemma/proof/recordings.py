@@ -73,8 +73,12 @@ class Recording:
         model = self.provenance["model"]
         return _built_in(self.name, **model) if "folder" in model else small_network(**model)
 
+    def eyes(self) -> "Eyes":
+        """Our tower with the weights of the recording's."""
+        return small_eyes(**self.provenance["model"])
+
     def pictures(self) -> "list[list[Block]]":
-        """What our tower, with the weights of the recording's, makes of the recorded pictures: a list a prompt, or none
+        """What our tower makes of the recorded pictures: a list a prompt, or none
         where there are no pictures."""
         import mlx.core as mx
 
@@ -82,7 +86,7 @@ class Recording:
 
         if "pictures" not in self.arrays:
             return []
-        eyes, end = small_eyes(**self.provenance["model"]), 0
+        eyes, end = self.eyes(), 0
         padding = self.arrays["padding"].tolist()
         rows: list[list[Block]] = [[] for _ in padding]
         for row, start, stop, high, wide in self.arrays["pictures"].tolist():
