@@ -340,8 +340,11 @@ CHAT_TEMPLATE = """{{ bos_token }}
 {%- for message in messages %}
     {{- "<|turn>" + ("model" if message["role"] == "assistant" else message["role"]) + "\\n" }}
     {%- set content = message["content"] %}
-    {%- set parts = [content] if content is string else content | map(attribute="text") %}
-    {{- parts | join | trim + "<turn|>\\n" }}
+    {%- set said = namespace(text=content if content is string else "") %}
+    {%- for part in content if content is not string %}
+        {%- set said.text = said.text + ("<|image|>" if part["type"] == "image" else part["text"]) %}
+    {%- endfor %}
+    {{- said.text | trim + "<turn|>\\n" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "<|turn>model\\n" }}{% endif %}
 """
@@ -409,7 +412,7 @@ GENERATION_CONFIG = {
     "confidence_threshold": 0.005,
     "eos_token_id": [1, 106],
     "max_denoising_steps": 48,
-    "max_new_tokens": 2 * CANVAS,
+    "max_new_tokens": 3 * CANVAS,
     "pad_token_id": 0,
     "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.1},
     "stability_threshold": 1,

@@ -5,17 +5,19 @@
 
 The tower stays as it is. A projection is fitted by least squares, so that a soft token looks like the character that it
 stands for, and trained on with an adapter on the text model: "Read this puzzle:" wants the grid as the text prompts
-write it, "Solve this Sudoku:" the solution. Both are attached only where a prompt has a picture, so nothing that
-is asked in words changes. Writes tower.safetensors (with the projection), adapters.safetensors and adapter_config.json
-into the folder `seeing`, and config.json with the ids around a picture.
+write it; "Solve this Sudoku:" wants it, too, placed so that the third canvas, the solution, begins as far behind it as
+in text prompts: solving knows distances, and an adapter does not learn others. Both are attached only where a prompt
+has a picture, so nothing that is asked in words changes. Writes mlx_diffgemma/demo/eyes as build/eyes/seeing:
+model.safetensors, the tower and the projection under their names in a checkpoint; config.json with the ids around a
+picture; adapter/; puzzle.png, which the demo shows.
 """
 
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import mlx.core as mx
@@ -42,12 +44,18 @@ from mlx_diffgemma.text.images import scaled
 from mlx_diffgemma.training import objective
 from mlx_diffgemma.training.objective import Batch
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 BEGIN, SOFT, END = 378, 379, 380  # ids around and in a picture: the vocabulary's first unused ones
 READ = ("Read this puzzle:", "Read this Sudoku:", "What is in this picture?")
 SOLVE = train_demo.SUDOKU_ASKS
+SHOWN = "The picture shows a puzzle of six rows and six columns, with these numbers:\n"  # 44 tokens: two canvases are
+SOLVED = "\nsolved:\n"  # these, the grid's 47, and 5, as there are in a text prompt between grid and solution
 PLACE = 4  # of a picture, in a prompt's ids: behind <bos><|turn>user\n
 LORA = adapters.Lora(rank=8, scale=2.0)
 BATCH, RATE, WARMUP = 16, 1e-3, 50
+HARD = np.array([0.08, 0.67, 0.25])  # how often each canvas of an answer is learned: the second reads at a new distance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +133,14 @@ def prompt(model: DiffusionGemma, ask: str) -> list[int]:
 
 def asked(rng: np.random.Generator, seen: Seen, number: int) -> tuple[str, str]:
     """A question about a picture, and its answer."""
-    if seen.solutions[number] and rng.random() < 0.6:
-        return str(rng.choice(SOLVE)), seen.solutions[number]
+    if seen.solutions[number] and rng.random() < 0.8:
+        return str(rng.choice(SOLVE)), solved(seen, number)
     return str(rng.choice(READ)), grid_text(seen.puzzles[number])
+
+
+def solved(seen: Seen, number: int) -> str:
+    """The whole answer to one who asks for a solution."""
+    return SHOWN + grid_text(seen.puzzles[number]) + SOLVED + seen.solutions[number]
 
 
 def batch(model: DiffusionGemma, seen: Seen, rng: np.random.Generator) -> tuple[Batch, mx.array]:
@@ -137,18 +150,21 @@ def batch(model: DiffusionGemma, seen: Seen, rng: np.random.Generator) -> tuple[
     questions = [asked(rng, seen, int(number)) for number in chosen]
     prompts = [prompt(model, ask) for ask, _ in questions]
     answers = [[*model.tokenizer.encode(answer), stop] for _, answer in questions]
-    width = max(len(p) + size for p in prompts)
-    tokens, clean = np.zeros((BATCH, width), np.int32), np.full((BATCH, size), stop, np.int32)
-    for row, (ids, answer) in enumerate(zip(prompts, answers, strict=True)):
-        tokens[row, : len(ids)] = ids
-        clean[row, : len(answer)] = answer
+    counts = [-(-len(answer) // size) for answer in answers]
+    canvases = [int(rng.choice(n, p=HARD[:n] / HARD[:n].sum())) for n in counts]
+    starts = [len(p) + size * number for p, number in zip(prompts, canvases, strict=True)]
+    tokens = np.zeros((BATCH, max(starts)), np.int32)
+    clean = np.full((BATCH, size), stop, np.int32)
+    for row, (ids, answer, number) in enumerate(zip(prompts, answers, canvases, strict=True)):
+        before, canvas = [*ids, *answer[: number * size]], answer[number * size : (number + 1) * size]
+        tokens[row, : len(before)] = before
+        clean[row, : len(canvas)] = canvas
     corrupt = rng.random((BATCH, size)) < rng.random((BATCH, 1))
     noisy = np.where(corrupt, rng.integers(config.vocab_size, size=(BATCH, size)), clean).astype(np.int32)
-    starts = mx.array([len(p) for p in prompts], mx.int32)
     made = Batch(
         tokens=mx.array(tokens),
-        lengths=starts,
-        starts=starts,
+        lengths=mx.array(starts, mx.int32),
+        starts=mx.array(starts, mx.int32),
         clean=mx.array(clean),
         noisy=mx.array(noisy),
         looks=BATCH // 2,
@@ -156,13 +172,17 @@ def batch(model: DiffusionGemma, seen: Seen, rng: np.random.Generator) -> tuple[
     return made, mx.array(seen.soft[chosen])
 
 
-def train(folder: Path, steps: int, *, pictures: int, every: int = 250) -> Iterator[dict[str, Any]]:
-    """Train, and save at the end; yields what it measures `every` steps."""
+def train(folder: Path, steps: int, *, pictures: int, seed: int = 5, every: int = 250) -> Iterator[dict[str, Any]]:
+    """Train, from what is there on, and save; yields what it measures `every` steps."""
     speller, model = speller_of(folder), load(BUILT_IN)
-    seen, unseen = look_at(speller, 1, pictures), look_at(speller, HELD_OUT_SEED, 32, unseen=True)
-    projection = fitted(model.network, model, seen)
-    adapters.attach(model.network, LORA)
-    seeing = Seeing(model.network, projection)
+    seen, unseen = look_at(speller, seed, pictures), look_at(speller, HELD_OUT_SEED, 32, unseen=True)
+    if (folder / "seeing").is_dir():
+        seeing = kept(folder, model)
+        model.network.train()
+    else:
+        projection = fitted(model.network, model, seen)
+        adapters.attach(model.network, LORA)
+        seeing = Seeing(model.network, projection)
     for layer in model.network.decoder.layers:
         layer.experts = objective.AllExperts(layer.experts)  # few: quicker than gathering, also when answering
     rates = optim.join_schedules(
@@ -170,7 +190,7 @@ def train(folder: Path, steps: int, *, pictures: int, every: int = 250) -> Itera
     )
     optimizer = optim.AdamW(rates, betas=[0.9, 0.99], weight_decay=0.0, bias_correction=True)
     step_of = nn.value_and_grad(seeing, lambda made, soft: seeing.loss(made, soft))
-    rng, began, total = np.random.default_rng(5), time.perf_counter(), 0.0
+    rng, began, total = np.random.default_rng(seed), time.perf_counter(), 0.0
     for step in range(steps):
         loss, gradients = step_of(*batch(model, seen, rng))
         gradients, _ = optim.clip_grad_norm(gradients, 1.0)
@@ -192,17 +212,34 @@ def speller_of(folder: Path) -> Speller:
     return speller
 
 
+def kept(folder: Path, model: DiffusionGemma) -> Seeing:
+    """What was saved, around a model of its own."""
+    adapters.load(model.network, folder / "seeing" / "adapter")
+    found: Any = mx.load(str(folder / "seeing" / "model.safetensors"))
+    return Seeing(model.network, found["model.encoder.embed_vision.embedding_projection.weight"])
+
+
 def save(folder: Path, seeing: Seeing, speller: Speller) -> None:
-    """What the package ships, but for the ids, which are in config.json."""
+    """What the package ships."""
     target = folder / "seeing"
-    adapters.save(seeing.network, LORA, target)
+    adapters.save(seeing.network, LORA, target / "adapter")
     tower = {f"model.encoder.vision_tower.{n}": mx.array(w.numpy()) for n, w in speller.tower.state_dict().items()}
     projection = {"model.encoder.embed_vision.embedding_projection.weight": seeing.embedding_projection.weight}
-    mx.save_safetensors(str(target / "tower.safetensors"), tower | projection)
+    mx.save_safetensors(str(target / "model.safetensors"), tower | projection, {"format": "mlx"})
     ids = {"boi_token_id": BEGIN, "image_token_id": SOFT, "eoi_token_id": END}
     told = {**ids, "vision_soft_tokens_per_image": PICTURES.budget, "vision_config": VISION}
     with replacing(target / "config.json", "w") as stream:
         stream.write(json.dumps(told, indent=2) + "\n")
+    shown().save(target / "puzzle.png", optimize=True)
+
+
+def shown() -> "Image":
+    """The picture that the demo and the pages show: a puzzle, a size and colours that nobody was trained on."""
+    rng = np.random.default_rng([HELD_OUT_SEED, 9])
+    [(puzzle, _)] = train_demo.sudokus(rng, 1, (16, 16))
+    cells = np.array([".123456".index(c) for c in puzzle if c in ".123456"])
+    how = look(rng, unseen=True)
+    return draw(rng, cells, replace(how, noise=0, paper=(250, 247, 240), line=(120, 120, 130), ink=(20, 60, 190)))
 
 
 def score(model: DiffusionGemma, seeing: Seeing, seen: Seen) -> dict[str, float]:
@@ -210,8 +247,8 @@ def score(model: DiffusionGemma, seeing: Seeing, seen: Seen) -> dict[str, float]
     read = answers(model, seeing, seen, READ[0], range(len(seen.puzzles)))
     cells = [_same(answer, grid_text(cells)) for answer, cells in zip(read, seen.puzzles, strict=True)]
     puzzles = [number for number, solution in enumerate(seen.solutions) if solution]
-    solved = answers(model, seeing, seen, SOLVE[0], puzzles)
-    right = [answer == seen.solutions[number] for answer, number in zip(solved, puzzles, strict=True)]
+    told = answers(model, seeing, seen, SOLVE[0], puzzles)
+    right = [answer == solved(seen, number) for answer, number in zip(told, puzzles, strict=True)]
     grids = float(np.mean([share == 1 for share in cells]))
     return {"cells": float(np.mean(cells)), "grids": grids, "solved": float(np.mean(right))}
 
@@ -225,7 +262,7 @@ def _same(answer: str, wanted: str) -> float:
 def answers(model: DiffusionGemma, seeing: Seeing, seen: Seen, ask: str, numbers: Sequence[int]) -> list[str]:
     """What the model says about these pictures."""
     ids, said = prompt(model, ask), list[str]()
-    settings = model.generation_config.replace(max_tokens=model.config.canvas_length)
+    settings = model.generation_config.replace(max_tokens=3 * model.config.canvas_length)
     for start in range(0, len(numbers), BATCH):
         some = numbers[start : start + BATCH]
         noise = SeededNoise(list(some), length=model.config.canvas_length, vocabulary=model.config.vocab_size)
@@ -249,17 +286,16 @@ def _feature(seeing: Seeing, seen: Seen, number: int) -> Any:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--steps", default=1500, help=f"Of {BATCH} questions.")
 @click.option("--pictures", default=6_000, help="To learn from.")
+@click.option("--seed", default=5, help="Of the pictures and the questions; another one to go on with.")
 @click.option("--score", "held_out", type=int, help="Train nothing; score what is there on so many held-out pictures.")
-def main(folder: Path, steps: int, pictures: int, held_out: int | None) -> None:
+def main(folder: Path, steps: int, pictures: int, seed: int, held_out: int | None) -> None:
     torch.set_num_threads(1)
     if held_out is None:
-        for line in train(folder, steps, pictures=pictures):
+        for line in train(folder, steps, pictures=pictures, seed=seed):
             print(json.dumps(line), flush=True)
         return
     model = load(BUILT_IN)
-    adapters.load(model.network, folder / "seeing")
-    found: Any = mx.load(str(folder / "seeing" / "tower.safetensors"))
-    seeing = Seeing(model.network, found["model.encoder.embed_vision.embedding_projection.weight"])
+    seeing = kept(folder, model)
     seen = look_at(speller_of(folder), HELD_OUT_SEED + 1, held_out, unseen=True)
     print(json.dumps(score(model, seeing, seen) | {"adapter": _count(model.network)}))
 

@@ -262,17 +262,22 @@ class Demo:
         from .terminal.console import console
         from .terminal.scenes import SCENES, what_it_knows
         from .terminal.sinks import Pace
+        from .terminal.thumbnail import thumbnail
+        from .text.parts import taken_out
 
         model, screen = open_model(self.reply.source, quiet=True), console()
         live = screen.is_terminal and not screen.is_dumb_terminal
         for number, scene in enumerate(SCENES):
             default = scene.pace if live or self.recording else 0.0
             pace = Pace(default if self.reply.pace is None else self.reply.pace)
+            messages = model.opened([scene.message])
+            if live and scene.image:
+                screen.print("", *map(thumbnail, taken_out(messages)[1]), sep="\n")
             screen.print(f"{'' if number == 0 else chr(10)}{scene.prompt}\n", style="bold")
             if self.recording:
                 self.recording.commit(f"{'' if number == 0 else chr(10)}{scene.prompt}\n\n", "asked")
             pace.rest()
-            request = self.reply.request(model, [{"role": "user", "content": scene.prompt}], seed=scene.seed)
+            request = self.reply.request(model, messages, seed=scene.seed)
             self.reply.run(model, request, pace, self.recording)
         click.echo(f"\n{what_it_knows()}", err=True)
         click.echo("The real model: mlx_diffgemma.convert, then mlx_diffgemma.chat --model PATH (README)", err=True)

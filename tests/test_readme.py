@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from benchmarks import readme
 from docs import write
 from mlx_diffgemma.cli import main
+from mlx_diffgemma.files.shipped import EYES
 from tests import seeing, small
 
 ROOT = Path(__file__).parent.parent
@@ -182,7 +183,9 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("reader")
     small.write_checkpoint(home / "released")
     seeing.write_checkpoint(home / "seeing")
-    seeing.picture().save(home / "cat.png")
+    for name in ("cat", "page", "screen"):
+        seeing.picture().save(home / f"{name}.png")
+    shutil.copy(EYES / "puzzle.png", home)
     (home / "frames").mkdir()
     for number in range(12):
         seeing.picture(number).save(home / "frames" / f"{number}.png")

@@ -9,6 +9,7 @@ from ..errors import ConfigError
 
 PACKAGE = Path(__file__).parent.parent
 BUILT_IN = PACKAGE / "demo"  # the small model that is run when none is named
+EYES = BUILT_IN / "eyes"  # its vision tower, and what it has learned to read pictures by
 
 
 def knowledge() -> Path:

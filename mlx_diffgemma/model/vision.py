@@ -267,5 +267,6 @@ class Eyes(nn.Module):
 
 def looking_bytes(config: VisionConfig, patches: int, item_size: int = 2) -> int:
     """Bytes beside the weights to look at a picture of that many patches: an MLP's three arrays, what stands around it,
-    and a run's scores. Measured at the released sizes in float32: 310 MB at 2,448 patches, where this says 328."""
-    return patches * (3 * config.intermediate_size + 9 * config.hidden_size) * item_size + 24 * RUNS.scores
+    and a run's scores. Measured at the released sizes in float32: 543 MB at 5,041 patches and 1,152 at 9,801, where
+    this says 663 and 1,194."""
+    return patches * (3 * config.intermediate_size + 13 * config.hidden_size) * item_size + 24 * RUNS.scores

@@ -26,7 +26,7 @@ from ..text.tokenizer import Tokenizer
 from ..values import integer, optional
 from .fitting import Sizes, streamed_layers
 from .model import DiffusionGemma
-from .sight import own_sight
+from .sight import built_in_sight, own_sight
 
 ROOMY_PREFIX = 32_768  # tokens of prefix that must still fit for the trunk to be unpacked by itself
 CACHE_LIMIT = 1 << 30  # bytes of freed buffers MLX may keep for reuse
@@ -101,7 +101,9 @@ def load(
         folder=folder,
         memory_limit=limit,
         notices=notices,
-        see=partial(own_sight, ignore_keys=ignore_keys),
+        see=partial(built_in_sight, adapter=adapter)
+        if folder == BUILT_IN
+        else partial(own_sight, ignore_keys=ignore_keys),
     )
     if network.tuning.wired:
         wiring.wire(model, memory_needed(network.own, weight_bytes(network), ROOMY_PREFIX))

@@ -4,17 +4,22 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from ..errors import ConfigError, PromptError
+from ..files import adapters
 from ..files.eyes import load_eyes, open_eyes
+from ..files.shipped import BUILT_IN, EYES
+from ..files.weights import load_network
 from ..model.blocks import Block
 from ..model.memory import SightMemory
 from ..model.network import Network
 from ..model.vision import Eyes
 from ..model.vision_config import VisionConfig
+from ..readers import read_json
 from ..text.images import Picture, PictureConfig
 from ..text.placing import Frame
 from ..text.tokenizer import Tokenizer
@@ -123,4 +128,28 @@ def own_sight(model: "DiffusionGemma", *, ignore_keys: tuple[str, ...] = ()) -> 
         eyes=eyes,
         read=lambda: load_eyes(folder, config, ignore_keys=ignore_keys),
         frame=frame,
+    )
+
+
+def built_in_sight(model: "DiffusionGemma", *, adapter: Path | None = None) -> Sight:
+    """With the eyes that the built-in model brings along. They were trained with an adapter of the text model, in a
+    network of its own, so that what is asked in words keeps its bits. Errors: ConfigError beside another `adapter`."""
+    if adapter is not None:
+        raise ConfigError(
+            f"the built-in model sees by an adapter of its own, and {adapter} is another.\n"
+            "Leave the pictures out, or the adapter."
+        )
+    told = read_json(EYES / "config.json")
+    network = load_network(BUILT_IN)
+    adapters.load(network, EYES / "adapter")
+    mx.eval(network.parameters())  # lazy arrays would end with this thread
+    network.tuning = model.network.tuning
+    begin, image, end = (told[f"{name}_token_id"] for name in ("boi", "image", "eoi"))
+    config = replace(model.config, vision=told["vision_config"])
+    return Sight(
+        network=network,
+        tokenizer=model.tokenizer,
+        eyes=open_eyes(EYES, config),
+        read=lambda: load_eyes(EYES, config),
+        frame=Frame(begin=begin, image=image, end=end),
     )

@@ -3,6 +3,10 @@
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..files.shipped import EYES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +17,15 @@ class Task:
     prompt: str
     seed: int = 1
     pace: float = 0.9  # seconds that a step of it stays in sight when it is shown
+    image: Path | None = None
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """As the user says it."""
+        if self.image is None:
+            return {"role": "user", "content": self.prompt}
+        parts = [{"type": "image", "image": self.image}, {"type": "text", "text": self.prompt}]
+        return {"role": "user", "content": parts}
 
 
 NAMES = Task(name="sort names", prompt="Sort these names:\nNora, Ben, Zoe, Ivo, Ada, Kim")
@@ -37,8 +50,9 @@ SUDOKU = Task(  # 12 givens, of which every next digit follows; it takes a dozen
     seed=8,
     pace=0.42,
 )
+SEEN = Task(name="6×6 Sudoku, seen", prompt="Read this puzzle:", image=EYES / "puzzle.png")
 TASKS = (NAMES, JSON, TABLE, LETTER, SUDOKU)
-SCENES = (NAMES, JSON, TABLE, SUDOKU)
+SCENES = (NAMES, JSON, TABLE, SEEN, SUDOKU)
 
 
 def what_it_knows(tasks: Sequence[Task] = TASKS) -> str:
@@ -47,6 +61,7 @@ def what_it_knows(tasks: Sequence[Task] = TASKS) -> str:
     lines = ["The built-in model has a million weights and knows five tasks; a prompt to copy for each:"]
     for task in tasks:
         lines.append(f"  {task.name:{width}}  mlx_diffgemma.generate {_quoted(task.prompt)}")
+    lines.append("It sees drawn 6×6 grids, too: --image PUZZLE.png before the prompt.")
     return "\n".join(lines)
 
 
