@@ -202,11 +202,14 @@ class Leader(Ranks):
             try:
                 self._tell(what, cache.number if isinstance(cache, Shared) else None, told)
                 yield mx.eval
+            except PeerError:
+                raise
             except Exception as error:
-                if isinstance(error, PeerError):
-                    raise
                 _if_lost(error, self._lose)
                 self._lose(PeerError(str(error)) if isinstance(error, DiffGemmaError) else error)
+            except BaseException:  # the others wait inside of the pass: they are not to be told of an end
+                self.lost = self.lost or PeerError(LOST)
+                raise
             finally:
                 self._last = time.monotonic()
 
@@ -384,7 +387,7 @@ def _uninterrupted() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in reversed(before.items()):  # Ctrl-C last: what has come until then is raised here
             signal.signal(number, handler)
         for number in caught[:1]:
             signal.raise_signal(number)
