@@ -187,7 +187,7 @@ def event_json(event: Event, decode: Decode) -> dict[str, Any]:
         return kind | {"canvas": event.index} | spoken | _canvas_json(event.rows[0])
     if isinstance(event, Finished):
         ended = {"reason": event.reasons[0], "statistics": statistics_json(event.statistics)}
-        return kind | ended | _pictures_json(event.result.pictures if event.result else ())
+        return kind | ended | _pictures_json(event.result.pictures if event.results and event.result else ())
     return kind | asdict(event)
 
 

@@ -342,8 +342,8 @@ def the_canvas_stays_in_the_cache(net: Network, patch: Patch) -> None:
 def first_step_skips_self_conditioning(net: Network, patch: Patch) -> None:
     original = SelfConditioning.condition
 
-    def condition(self: SelfConditioning, embeddings: mx.array, signal: mx.array | None) -> mx.array:
-        return embeddings if signal is None else original(self, embeddings, signal)
+    def condition(self: SelfConditioning, embeddings: mx.array, signal: mx.array | None, *how: Any) -> mx.array:
+        return embeddings if signal is None else original(self, embeddings, signal, *how)
 
     patch.setattr(SelfConditioning, "condition", condition)
 
