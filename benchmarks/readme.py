@@ -169,12 +169,17 @@ def _step_notes(document: dict[str, Any]) -> str:
 
 def quality(document: dict[str, Any]) -> str:
     """What each recipe keeps of the built-in model, from a document of benchmarks/recipes.py."""
-    seeds = len(document["seeds"])
+    seeds, hard = len(document["seeds"]), ""
+    if "hard" in document:
+        hard = (
+            f",\nand to {document['hard']} hard ones of each of three kinds: Sudokus of 12–18 givens, repeated names,"
+            " unseen templates and longer JSON"
+        )
     return (
         f"{measured_recipes.table(document['recipes'])}\n\n"
         "The built-in model in each recipe, computed in float32. Left: at settled canvases with half of their tokens"
         " replaced, against the\nunpacked model. Right: answers by the default sampler to"
-        f" {document['count']} held-out questions of each of five tasks under {seeds} seeds\n"
+        f" {document['count']} held-out questions of each of five tasks under {seeds} seeds{hard}\n"
         f"(`python -m benchmarks.recipes`, MLX {document['versions']['mlx']} on a CPU, {document['date'][:10]})."
         " A million weights say little about 26 billion.\n"
     )
