@@ -1,6 +1,7 @@
 """What one machine computes where several share a model: some output rows of every matrix.
 
-Pieces are gathered, never summed, so that no sum changes its order: the result is one machine's, to the bit.
+Pieces are gathered, never summed, so that no sum changes its order: the result is one machine's, to the bit, wherever a
+kernel rounds pieces as it rounds the whole (proof/pieces compares them; small float32 products of a CPU do not).
 """
 
 from collections.abc import Callable, Sequence

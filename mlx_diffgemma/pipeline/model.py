@@ -30,7 +30,7 @@ from .constraints import Asked, Compiler
 from .deciding import Decision
 from .filling import Start
 from .pace import Pace
-from .prompts import Prompt, PromptIds, Reading, is_ids
+from .prompts import Prompt, PromptIds, PromptReader, is_ids
 from .requests import Randomness, Request
 from .results import Result
 from .scores import TextScores, score_ids
@@ -444,7 +444,7 @@ class DiffusionGemma:
         is neither text, messages nor ids, and for a picture that cannot be read, ConfigError for a picture where the
         model has no eyes, TokenizerError for messages that the chat template does not take, and for an option that it
         does not know."""
-        return Reading(
+        return PromptReader(
             model=self,
             enable_thinking=enable_thinking,
             tools=tools,

@@ -50,7 +50,7 @@ def is_ids(prompt: Any) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class PromptReader:
     """How a model's prompts are to be read; the options are those of `DiffusionGemma.read`."""
 
     model: "DiffusionGemma"

@@ -133,11 +133,17 @@ def own_sight(model: "DiffusionGemma", *, ignore_keys: tuple[str, ...] = ()) -> 
 
 def built_in_sight(model: "DiffusionGemma", *, adapter: Path | None = None) -> Sight:
     """With the eyes that the built-in model brings along. They were trained with an adapter of the text model, in a
-    network of its own, so that what is asked in words keeps its bits. Errors: ConfigError beside another `adapter`."""
+    network of its own, so that what is asked in words keeps its bits. Errors: ConfigError beside another `adapter`, and
+    where machines share the model."""
     if adapter is not None:
         raise ConfigError(
             f"the built-in model sees by an adapter of its own, and {adapter} is another.\n"
             "Leave the pictures out, or the adapter."
+        )
+    if model.network.tuning.share.size > 1:
+        raise ConfigError(
+            "the built-in model sees by a network of its own, which is not cut: several machines share one without"
+            " pictures.\nLeave the pictures out, or run it on one machine."
         )
     told = read_json(EYES / "config.json")
     network = load_network(BUILT_IN)

@@ -21,7 +21,7 @@ from .video import FRAMES, Video, open_video
 IMAGES = ("image", "image_url", "input_image")
 MEDIA = ("video", "video_url", "pdf")  # of which each is several pictures
 KINDS = (*IMAGES, *MEDIA)
-Seen = Picture | Video | Pages
+Medium = Picture | Video | Pages
 _CALLED = {"image": ("an image", "picture", "cat.png"), "video": ("a video", "video", "cat.mp4")}
 _CALLED |= {"pdf": ("a PDF", "PDF", "report.pdf")}
 
@@ -69,7 +69,7 @@ def opened(messages: Any, config: PictureConfig, *, access: Access = ANYWHERE) -
 
     def change(part: Message, where: str) -> Message:
         kind = _kind(part)
-        if isinstance(part.get(kind), Seen):
+        if isinstance(part.get(kind), Medium):
             return part
         asked = Asked.of(part, where)
         if kind == "image":
@@ -84,7 +84,7 @@ def opened(messages: Any, config: PictureConfig, *, access: Access = ANYWHERE) -
     return _changed(messages, change)
 
 
-def seen(messages: Any) -> list[Seen]:
+def seen(messages: Any) -> list[Medium]:
     """The pictures, videos and PDFs of a conversation that was `opened`, in order."""
     return [part[_kind(part)] for part, _ in _places(messages)]
 
@@ -125,7 +125,7 @@ def written(messages: Any) -> Any:
     return _changed(messages, change)
 
 
-def _options(found: Seen) -> Message:
+def _options(found: Medium) -> Message:
     """How a picture, video or PDF was asked for, as a part says it."""
     if isinstance(found, Picture):
         return {"budget": found.budget}

@@ -1,6 +1,7 @@
 """The built-in model's eyes: what was drawn is read and solved, on pictures of sizes and colours that nobody trained
 on, and nothing that is asked in words changes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mlx_diffgemma import load
 from mlx_diffgemma.cli import main
 from mlx_diffgemma.errors import ConfigError
 from mlx_diffgemma.files.shipped import EYES
+from mlx_diffgemma.model.sharing import Share
 from mlx_diffgemma.pipeline.model import DiffusionGemma
 from mlx_diffgemma.pipeline.results import Result
 from mlx_diffgemma.terminal.scenes import SEEN, SUDOKU
@@ -104,6 +106,13 @@ def test_another_adapter_and_pictures_do_not_go_together() -> None:
     model = load(adapter=EYES / "adapter")
     assert one(model.generate(SUDOKU.prompt, seed=1)).text
     with pytest.raises(ConfigError, match="sees by an adapter of its own"):
+        model.read([SEEN.message])
+
+
+def test_machines_that_share_the_model_see_nothing() -> None:
+    model = load()
+    model.network.tuning = replace(model.network.tuning, share=Share(0, 2))
+    with pytest.raises(ConfigError, match="several machines share one without"):
         model.read([SEEN.message])
 
 
