@@ -211,6 +211,27 @@ def test_the_first_one_alone_reads_and_prints(tmp_path: Path) -> None:
     assert json.loads(out)["text"] == expected.text != ""
 
 
+COMMANDS: dict[str, tuple[list[str], str]] = {
+    "edit": (["FOLDER/names.txt", "--lines", "1-2", "--prompt", "Sort these names", "--seed", "1"], r"^-Nora$"),
+    "decide": (["--prompt", "Is it blue?", "--choice", "yes", "--choice", "no"], r"^answer: (yes|no) .*no \d"),
+    "bench": (
+        ["--repeat", "1", "--only", "fact", "--output", "FOLDER/bench.json"],
+        r"^A step takes .* computing .*the link [\d.,]+; the limit is",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_other_commands_that_are_shared(tmp_path: Path, name: str) -> None:
+    (tmp_path / "names.txt").write_text("Nora\nBen\nZoe\n")
+    arguments, says = COMMANDS[name]
+    command = [f"mlx_diffgemma.{name}", *(part.replace("FOLDER", str(tmp_path)) for part in arguments)]
+    with machines(tmp_path, command, command) as started:
+        (status, out, err), other = started.end()
+    assert (status, other) == (0, (0, "", "")), err
+    assert re.search(says, out, re.MULTILINE), out
+
+
 LONG = ("--events", "--max-denoising-steps", "5000", "--confidence-threshold", "0", "--seed", "1")  # it never settles
 
 
