@@ -1,6 +1,6 @@
 """Machines that share a model, as processes of this one: the same bits, and what happens when one is killed.
 
-    python -m benchmarks.together bits                 a random network: one machine, two, four, two that stream
+    python -m benchmarks.together bits                 one machine, two, four, with and without streaming: by hash
     python -m benchmarks.together killed --runs 20     a random one is killed at a random time, loading included
     python -m benchmarks.together stopped --runs 20    Ctrl-C at a random time, to all of them, as a terminal sends it
 
@@ -26,6 +26,7 @@ from benchmarks import common
 NAMES = "Sort these names:\nNora, Ben, Zoe, Ivo, Ada, Kim"
 LONG = ("--events", "--max-denoising-steps", "5000", "--confidence-threshold", "0", "--seed", "1")  # it never settles
 SECONDS = 60  # what takes longer hangs
+LONGEST = 900  # seconds of runs that are compared; on busy cores an exchange of four may take 70 ms
 
 
 def launched(count: int, *command: str) -> "subprocess.Popen[str]":
@@ -98,50 +99,93 @@ def losses(kind: str, runs: int, longest: float, seed: int) -> bool:
     return len(good) == runs
 
 
-def bits(hidden: int, layers: int) -> bool:
-    """Hashes of ids and entropies; what a machine holds."""
+def random_pack(folder: Path, hidden: int, layers: int) -> Path:
+    """A network in float32 whose pieces are large enough for a CPU to round them as wholes; it sees pictures."""
+    from tests import seeing, synthetic
+
+    small = synthetic.small_config(
+        hidden_size=hidden,
+        intermediate_size=hidden * 2,
+        moe_intermediate_size=hidden,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_global_key_value_heads=4,
+        head_dim=hidden // 4,
+        global_head_dim=hidden // 2,
+        num_hidden_layers=layers,
+        layer_types=["sliding_attention", "full_attention"] * (layers // 2),
+        num_experts=32,
+        vocab_size=4096,
+    )
+    tokens = ("boi_token_id", "image_token_id", "eoi_token_id", "vision_soft_tokens_per_image")
+    config = small | {name: seeing.CONFIG[name] for name in tokens} | {"canvas_length": 64}
+    synthetic.small(folder, config=config, dtype="F32", limit=1 << 40)
+    seeing.write_tokenizer(folder)
+    return folder
+
+
+def by_machines(place: Path, pack: Path, count: int, stream: int, runs: list[str]) -> list[object]:
+    """One row: what processes say, started by mlx.launch."""
+    jobs = place / "jobs.json"
+    jobs.write_text(json.dumps([{"pack": str(pack), "stream": stream, "runs": runs}]))
+    process = launched(count, "tests.pipeline.shared_runs", str(jobs))
+    try:
+        out, err = process.communicate(timeout=LONGEST)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    found = re.search(r"^\{.*\}$", out, re.MULTILINE)
+    if found is None:
+        raise SystemExit(err)
+    told = json.loads(found[0])
+    sent = f"{told['step']['gathered_bytes'] / 1e6:.2f} MB in {told['step']['gathers']}"
+    name = f"{count} machines" if count > 1 else "1 machine"
+    return [name, stream, told["weights"], sent, told["hashes"]]
+
+
+def by_one(pack: Path, stream: int, runs: list[str], pieces: int = 1) -> list[object]:
+    """One row: what this process says, computing wholes or pieces."""
     from mlx_diffgemma import load
-    from tests import synthetic
+    from mlx_diffgemma.pipeline.following import load_in_pieces
     from tests.pipeline import shared_runs
 
-    rows: list[list[object]] = []
-    with tempfile.TemporaryDirectory() as place:
-        config = synthetic.small_config(
-            hidden_size=hidden,
-            intermediate_size=hidden * 2,
-            moe_intermediate_size=hidden,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            num_global_key_value_heads=4,
-            head_dim=hidden // 4,
-            global_head_dim=hidden // 2,
-            num_hidden_layers=layers,
-            layer_types=["sliding_attention", "full_attention"] * (layers // 2),
-            vocab_size=4096,
-        ) | {"canvas_length": 64}
-        pack = synthetic.small(Path(place) / "pack", config=config, dtype="F32")
-        runs = ["short"]
-        model = load(pack, stream_experts=0)
-        alone = shared_runs.hashes(model, runs)
-        rows.append(
-            ["1", f"{shared_runs.weight_bytes(model.network) / 1e6:.0f}", "", *(alone[run][:12] for run in runs)]
-        )
-        del model
-        for count, stream in ((2, 0), (2, layers), (4, 0)):
-            jobs = Path(place) / "jobs.json"
-            jobs.write_text(json.dumps([{"pack": str(pack), "stream": stream, "runs": runs}]))
-            process = launched(count, "tests.pipeline.shared_runs", str(jobs))
-            out, err = process.communicate()
-            found = re.search(r"^\{.*\}$", out, re.MULTILINE)
-            if found is None:
-                raise SystemExit(err)
-            told = json.loads(found[0])
-            step = told["step"]
-            sent = f"{step['gathered_bytes'] / 1e6:.2f} MB in {step['gathers']}"
-            name = f"{count}{', all experts streamed' * bool(stream)}"
-            rows.append([name, f"{told['weights'] / 1e6:.0f}", sent, *(told["hashes"][run][:12] for run in runs)])
-    print(common.table(rows, ["machines", "MB of weights", "gathered a step", *runs]))
-    return len({tuple(row[3:]) for row in rows}) == 1
+    whole = pieces == 1
+    model = load(pack, stream_experts=stream) if whole else load_in_pieces(pack, pieces, stream_experts=stream)
+    hashes = shared_runs.hashes(model, runs)
+    model.network.tuning.share.end()
+    name = "1 machine" if whole else f"1 in {pieces} pieces"
+    return [name, stream, shared_runs.weight_bytes(model.network), "", hashes]
+
+
+def told_alike(title: str, runs: list[str], rows: Sequence[list[object]]) -> bool:
+    """Print hashes of ids and entropies; whether those of a run are one."""
+    cells, said = [], list[dict[str, str]]()
+    for name, stream, nbytes, sent, hashes in rows:
+        assert isinstance(nbytes, int) and isinstance(hashes, dict)
+        said.append(hashes)
+        cells.append([name, stream, f"{nbytes / 1e6:.0f}", sent, *(hashes[run][:12] for run in runs)])
+    header = ["by", "layers streamed", "MB of weights", "gathered a step", *runs]
+    common.report(cells, header, title)
+    return all(hashes == said[0] for hashes in said)
+
+
+def bits(hidden: int, layers: int) -> bool:
+    """The random network by all; the built-in one, whose pieces a CPU rounds otherwise, by machines and in pieces."""
+    from mlx_diffgemma.files.shipped import BUILT_IN
+
+    with tempfile.TemporaryDirectory() as name:
+        place, runs = Path(name), ["short", "greedy", "batch", "picture"]
+        pack = random_pack(place / "pack", hidden, layers)
+        rows = [by_one(pack, stream, runs) for stream in (0, layers // 2, layers)]
+        rows += [by_machines(place, pack, count, stream, runs) for count, stream in ((2, 0), (4, 0), (2, layers))]
+        good = told_alike("A random network, float32", runs, rows)
+        runs = ["short", "talk"]
+        for count in (1, 2, 4):
+            rows = [by_one(BUILT_IN, stream, runs, count) for stream in (0, 3)]
+            rows += [by_machines(place, BUILT_IN, count, stream, runs) for stream in (0, 3) if count > 1]
+            good &= told_alike(f"The built-in model, {count} machine{'s' * (count > 1)}", runs, rows)
+    print("All alike." if good else "Not alike.")
+    return good
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -151,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--longest", type=float, default=8.0, metavar="SECONDS", help="until it happens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=6)
     options = parser.parse_args(arguments)
     if options.what == "bits":
         good = bits(options.hidden, options.layers)

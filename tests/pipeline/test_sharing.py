@@ -34,12 +34,12 @@ from mlx_diffgemma.packing.recipes import load_recipe
 from mlx_diffgemma.pipeline import link
 from mlx_diffgemma.pipeline.following import load_in_pieces
 from mlx_diffgemma.pipeline.model import DiffusionGemma
-from tests import synthetic
+from tests import seeing, synthetic
 from tests.pipeline import shared_runs
 
 KINDS = ["sliding_attention", "full_attention"] * 2
 TIMEOUT = 60  # seconds: what hangs must fail
-RANDOM = [*shared_runs.RUNS, "batch"]
+RANDOM = [*shared_runs.RUNS, "batch", "picture"]
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,11 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     small = {"hidden_size": 128, "intermediate_size": 192, "moe_intermediate_size": 64, "head_dim": 16}
     small |= {"num_attention_heads": 8, "num_key_value_heads": 4, "num_global_key_value_heads": 4, "vocab_size": 640}
     small |= {"global_head_dim": 32, "num_experts": 4, "num_hidden_layers": len(KINDS), "layer_types": KINDS}
-    config = synthetic.small_config(**small) | {"canvas_length": 16}
+    tokens = ("boi_token_id", "image_token_id", "eoi_token_id", "vision_soft_tokens_per_image")
+    pictures = {name: seeing.CONFIG[name] for name in tokens}
+    config = synthetic.small_config(**small) | {"canvas_length": 16} | pictures
     source = synthetic.small(folder / "source", config=config, dtype="F32")
+    seeing.write_tokenizer(source)
     recipe = replace(load_recipe("q4"), dtype="float32")
     convert(plan_conversion(checkpoint.open_checkpoint(source), recipe), folder / "q4")
     return {"float32": source, "q4": folder / "q4", "built-in": BUILT_IN}
