@@ -577,7 +577,10 @@ def models(served: Served) -> Json:
 
 
 def model(served: Served) -> Json:
-    return {"id": served.name, "object": "model", "created": served.created, "owned_by": "mlx_diffgemma"}
+    """It, with what it takes in."""
+    takes = ["text"] if served.pictures is None else ["text", "image"]
+    about = {"id": served.name, "object": "model", "created": served.created, "owned_by": "mlx_diffgemma"}
+    return about | {"input_modalities": takes}
 
 
 def fault(status: int, message: str, *, param: str | None = None, code: str | None = None) -> Json:

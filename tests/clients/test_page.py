@@ -232,6 +232,19 @@ def test_a_picture_is_dropped_and_sent(opened: Open) -> None:
     expect(page.get_by_role("alert")).to_contain_text("four.png")
 
 
+def test_a_model_without_eyes_is_offered_no_pictures(opened: Open) -> None:
+    page = opened()
+    expect(page.get_by_text("Picture", exact=True)).to_be_visible()
+    told = {"object": "list", "data": [{"id": "built-in", "object": "model", "input_modalities": ["text"]}]}
+    page.route("**/v1/models", lambda route: route.fulfill(json=told))
+    page.reload()
+    settle(page)
+    expect(page.get_by_text("Picture", exact=True)).to_be_hidden()
+    page.evaluate(DROP, ["", "image/png"])
+    expect(page.get_by_role("alert")).to_be_hidden()
+    expect(page.locator("#pictures")).to_be_hidden()
+
+
 def test_what_the_server_refuses_is_said(opened: Open) -> None:
     page = opened()
     page.get_by_role("button", name="Settings").click()

@@ -40,6 +40,13 @@ def body(url: str, text: str = "What?", **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": [image, {"type": "text", "text": text}]}]}
 
 
+def modalities(server: Running) -> list[str]:
+    """What the page asks before it offers pictures."""
+    with server.client() as client:
+        [served] = client.get("/v1/models").json()["data"]
+    return served["input_modalities"]
+
+
 def test_chat(server: Running) -> None:
     told = server.post(body(uri()) | {"seed": 1}).json()
     [seen] = told["diffusion"]["pictures"]
@@ -104,6 +111,7 @@ def test_other_protocols(server: Running) -> None:
     ollama = {"messages": [{"role": "user", "content": "What?", "images": [data()]}], "stream": False}
     assert server.post(ollama, "/api/chat").json()["prompt_eval_count"] == expected
     assert "vision" in server.post({"model": "x"}, "/api/show").json()["capabilities"]
+    assert modalities(server) == ["text", "image"]
 
 
 def test_what_a_tool_answers_may_be_a_picture(server: Running) -> None:
@@ -162,3 +170,4 @@ def test_a_model_without_eyes_says_so(tmp_path: Path) -> None:
         assert answer.status_code == 400
         assert "has no vision tower: it reads text alone" in answer.json()["error"]["message"]
         assert "vision" not in running.post({"model": "x"}, "/api/show").json()["capabilities"]
+        assert modalities(running) == ["text"]

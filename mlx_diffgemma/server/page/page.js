@@ -672,7 +672,9 @@ function again({ detail: { answer, text } }) {
 
 // --------------------------------------------------------------------------------------------------- pictures
 
+/** Chosen, dropped or pasted; a model without eyes takes none. */
 async function take(files) {
+  if ($("attach").hidden) return;
   for (const file of [...files].filter(({ type }) => type.startsWith("image/"))) {
     const url = await new Promise((done) => {
       const reader = new FileReader();
@@ -744,7 +746,10 @@ function wire() {
   addEventListener("keydown", keys);
   for (const by of ["wheel", "touchmove"]) addEventListener(by, () => (following = false), { passive: true });
   new ResizeObserver(follow).observe($("log"));
-  addEventListener("dragover", (event) => (event.preventDefault(), document.body.classList.add("dropping")));
+  addEventListener("dragover", (event) => {
+    event.preventDefault();
+    document.body.classList.toggle("dropping", !$("attach").hidden);
+  });
   addEventListener("dragleave", (event) => event.relatedTarget ?? document.body.classList.remove("dropping"));
   addEventListener("drop", (event) => {
     event.preventDefault();
@@ -793,6 +798,7 @@ async function open() {
   if (model.builtIn) model.length = 48;
   $("model").textContent = model.builtIn ? "the built-in model" : model.id;
   $("light").classList.add("on");
+  $("attach").hidden = !served.input_modalities.includes("image");
   const examples = model.builtIn ? BUILT_IN : ANY;
   const button = (task) => el("li", {}, el("button", { type: "button", onclick: () => example(task) }, task.name));
   $("examples").append(...examples.map(button));
