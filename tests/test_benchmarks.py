@@ -314,8 +314,9 @@ def test_soak_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_soak_sees_growth() -> None:
     sizes = {"live_bytes": 100, "cached_bytes": 0, "resident_bytes": 1000, "objects": 1, "steps": 1, "tokens": 1}
+    sizes |= {"handles": 1, "threads": 1}
     before = soak.Sample(seconds=1, seconds_per_step=1, cpu_seconds_per_step=1, **sizes)
-    for field in soak.MEMORY:
+    for field in (*soak.MEMORY, *soak.COUNTS):
         after = dataclasses.replace(before, **{field: 5000})
         assert soak.grown(soak.compare([before] * 4 + [after] * 4, window=3), allowed=1000) == [field]
     assert soak.grown(soak.compare([before] * 6, window=3), allowed=0) == []

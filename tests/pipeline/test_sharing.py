@@ -264,6 +264,18 @@ def test_a_machine_that_is_lost_while_the_first_one_listens(tmp_path: Path) -> N
     assert status == 1 and "was lost" in err.splitlines()[-1], err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_one_that_waits_for_the_others(tmp_path: Path, number: signal.Signals) -> None:
+    """MLX looks for them for half a minute."""
+    absent = ["http.server", "--bind", "127.0.0.1", str(free_ports(1)[0])]  # one that never comes
+    with machines(tmp_path, generate(), absent) as started:
+        first = started.processes[0]
+        with pytest.raises(subprocess.TimeoutExpired):
+            first.wait(3)  # by now it looks
+        first.send_signal(number)
+        assert first.wait(2) == -number
+
+
 def test_ctrl_c_ends_all(tmp_path: Path) -> None:
     with machines(tmp_path, *[generate(*LONG)] * 2) as started:
         assert heard(started.processes[0])
