@@ -6,8 +6,8 @@
 
 Every generation has its own seed and one of the prompts in turn. Compared are medians over the first and the last
 `--window` generations. Exit status 1 if memory grew: MLX's live arrays, MLX's cache of freed buffers, or the process
-as a whole, each by more than `--allow` MB; or if there are more open files or threads. Step time is reported, in processor time too: that one does not depend on
-what else the machine does.
+as a whole, each by more than `--allow` MB; or if there are more open files or threads. Step time is reported, in
+processor time too: that one does not depend on what else the machine does.
 """
 
 import argparse
