@@ -1,7 +1,7 @@
 """Experts that pass through memory, measured: what a slow disk costs, and how much memory the real size takes.
 
     python -m benchmarks.streamed speeds              a reader held to several speeds: the larger, not the sum
-    python -m benchmarks.streamed memory --dtype float32    the released sizes in q4, from files of zeros, at three limits
+    python -m benchmarks.streamed memory --dtype float32    the released sizes in q4, files of zeros, three limits
     python -m benchmarks.streamed memory --limits 5         at one, as the pack is on a Mac
     python -m benchmarks.streamed memory --dtype float32 --layers 6 --canvas 256 --limits 3.6 4.1 5
 
