@@ -150,14 +150,19 @@ def memory(limits: Sequence[float], allowed: float, recipe: Recipe, layers: int,
             count = streamed_layers(config, sizes, int(limit * 1e9))
             status, seconds, peak, told = measured(folder, asked, limit, allowed)
             good &= not status and peak <= limit * 1e9
-            prompt, steps = (told.get("statistics", {}).get(name, 0) for name in ("prompt_tokens", "steps"))
+            keys = ("prompt_tokens", "steps", "peak_memory_bytes")
+            prompt, steps, arrays = (told.get("statistics", {}).get(key, 0) for key in keys)
             foretold = memory_needed(config, sizes.held(count), prompt)
             figures = f"{foretold / 1e9:.2f}", f"{peak / 1e9:.2f}", f"{peak / foretold:.2f}", f"{seconds:.0f}"
-            rows.append([f"{limit:g}", f"{limit * allowed:.2f}", count, prompt, *figures, steps, status])
+            rows.append(
+                [f"{limit:g}", f"{limit * allowed:.2f}", count, prompt, *figures, f"{arrays / 1e9:.2f}", steps, status]
+            )
             print(rows[-1], file=sys.stderr, flush=True)
     header = ["limit, GB", "RLIMIT_DATA, GB", "layers streamed", "prompt", "foretold, GB", "peak, GB", "÷ foretold"]
     weights = (sizes.trunk + sum(sizes.layers)) / 1e9
-    common.report(rows, [*header, "s", "steps", "status"], f"{recipe.name}, {weights:.1f} GB of weights")
+    common.report(
+        rows, [*header, "s", "of it arrays, GB", "steps", "status"], f"{recipe.name}, {weights:.1f} GB of weights"
+    )
     return good
 
 
