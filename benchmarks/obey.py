@@ -194,9 +194,9 @@ def kept(model: DiffusionGemma, count: int, seed: int, *, steps: int = 3) -> str
             else:
                 _lines(model, text, rng.randrange(1, text.count("\n") + 1), options)
             done += 1
-        except PromptError:
-            refused += 1  # a line that the small canvas does not hold
-    return f"{count} of {count} gaps and {count} of {count} edits kept all other bytes ({refused} did not fit a canvas)"
+        except (PromptError, TokenizerError):
+            refused += 1  # a line that the small canvas does not hold, or that has a special token's name in it
+    return f"{count} of {count} gaps and {count} of {count} edits kept all other bytes ({refused} were refused: too long for a canvas, or with a special token in them)"
 
 
 def _cursor(model: DiffusionGemma, text: str, at: int, options: Any) -> None:

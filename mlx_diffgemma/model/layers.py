@@ -216,9 +216,9 @@ def _attend_pieces(queries: mx.array, keys: mx.array, values: mx.array, pieces: 
 
 
 def _attend(queries: mx.array, keys: mx.array, values: mx.array, mask: WholeMask) -> mx.array:
-    """All of it at once. Queries that share keys become rows of one product, where they are masked alike or the mask has a
-    row for each of them: keys and values are read once for all; MLX would read them once a head, where it has no kernel
-    of its own.
+    """All of it at once. Queries that share keys become rows of one product, where they are masked alike or the mask
+    has a row for each of them: keys and values are read once for all; MLX would read them once a head, where it has no
+    kernel of its own.
     """
     batch, heads, length, dim = queries.shape
     kv_heads = keys.shape[1]
