@@ -25,7 +25,7 @@ import mlx_diffgemma
 from benchmarks import common, obey_answers
 from benchmarks.obey_answers import NOISE
 from mlx_diffgemma import Hole, load
-from mlx_diffgemma.errors import ConfigError, PromptError
+from mlx_diffgemma.errors import ConfigError, PromptError, TokenizerError
 from mlx_diffgemma.files.shipped import BUILT_IN
 from mlx_diffgemma.pipeline.model import DiffusionGemma
 from mlx_diffgemma.pipeline.results import Result
@@ -196,7 +196,8 @@ def kept(model: DiffusionGemma, count: int, seed: int, *, steps: int = 3) -> str
             done += 1
         except (PromptError, TokenizerError):
             refused += 1  # a line that the small canvas does not hold, or that has a special token's name in it
-    return f"{count} of {count} gaps and {count} of {count} edits kept all other bytes ({refused} were refused: too long for a canvas, or with a special token in them)"
+    of = f"{count} of {count}"
+    return f"{of} gaps and {of} edits kept all other bytes; refused, too long or with a special token: {refused}"
 
 
 def _cursor(model: DiffusionGemma, text: str, at: int, options: Any) -> None:
