@@ -25,7 +25,7 @@ import mlx_diffgemma
 from benchmarks import common, obey_answers
 from benchmarks.obey_answers import NOISE
 from mlx_diffgemma import Hole, load
-from mlx_diffgemma.errors import ConfigError, PromptError
+from mlx_diffgemma.errors import ConfigError, PromptError, TokenizerError
 from mlx_diffgemma.files.shipped import BUILT_IN
 from mlx_diffgemma.pipeline.model import DiffusionGemma
 from mlx_diffgemma.pipeline.results import Result
@@ -194,9 +194,10 @@ def kept(model: DiffusionGemma, count: int, seed: int, *, steps: int = 3) -> str
             else:
                 _lines(model, text, rng.randrange(1, text.count("\n") + 1), options)
             done += 1
-        except PromptError:
-            refused += 1  # a line that the small canvas does not hold
-    return f"{count} of {count} gaps and {count} of {count} edits kept all other bytes ({refused} did not fit a canvas)"
+        except (PromptError, TokenizerError):
+            refused += 1  # a line that the small canvas does not hold, or that has a special token's name in it
+    of = f"{count} of {count}"
+    return f"{of} gaps and {of} edits kept all other bytes; refused, too long or with a special token: {refused}"
 
 
 def _cursor(model: DiffusionGemma, text: str, at: int, options: Any) -> None:

@@ -2,16 +2,19 @@
 
     python -m benchmarks.soak                               1,000 generations of the built-in model
     python -m benchmarks.soak --model FOLDER --runs 200 --window 50
+    python -m benchmarks.soak --stream-experts 4 --runs 500
 
 Every generation has its own seed and one of the prompts in turn. Compared are medians over the first and the last
 `--window` generations. Exit status 1 if memory grew: MLX's live arrays, MLX's cache of freed buffers, or the process
-as a whole, each by more than `--allow` MB. Step time is reported, in processor time too: that one does not depend on
-what else the machine does.
+as a whole, each by more than `--allow` MB; or if there are more open files or threads. Step time is reported, in
+processor time too: that one does not depend on what else the machine does.
 """
 
 import argparse
 import gc
+import os
 import statistics
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,8 +41,11 @@ class Sample:
     cached_bytes: int  # freed buffers that MLX keeps
     resident_bytes: int  # the whole process
     objects: int  # that Python's collector tracks
+    handles: int  # open files
+    threads: int
 
 
+COUNTS = ("handles", "threads")
 MEMORY = ("live_bytes", "cached_bytes", "resident_bytes")
 
 
@@ -62,6 +68,8 @@ def run(model: DiffusionGemma, prompts: Sequence[Prompt], runs: int, **options: 
                 cached_bytes=mx.get_cache_memory(),
                 resident_bytes=common.resident_bytes(),
                 objects=len(gc.get_objects()),
+                handles=len(os.listdir("/dev/fd")),
+                threads=threading.active_count(),
             )
         )
     return samples
@@ -77,14 +85,15 @@ def compare(samples: Sequence[Sample], window: int) -> dict[str, dict[str, float
 
 
 def grown(medians: dict[str, dict[str, float]], allowed: int) -> list[str]:
-    """The kinds of memory of which the last window holds more than `allowed` bytes above the first."""
-    return [field for field in MEMORY if medians[field]["last"] - medians[field]["first"] > allowed]
+    """What the last window holds more of than the first: memory by more than `allowed` bytes, open files, threads."""
+    most = dict.fromkeys(MEMORY, allowed) | dict.fromkeys(COUNTS, 0)
+    return [field for field, least in most.items() if medians[field]["last"] - medians[field]["first"] > least]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     options = _options(arguments)
-    model = mlx_diffgemma.load(options.model)
+    model = mlx_diffgemma.load(options.model, stream_experts=options.stream_experts)
     prompts = options.prompt or common.PROMPTS
     wanted = {"max_tokens": options.max_tokens, "max_denoising_steps": options.max_steps}
     wanted = {name: value for name, value in wanted.items() if value is not None}
@@ -95,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [[field.replace("_", " "), *map(_show, both.values()), _show_ratio(both)] for field, both in medians.items()]
     header = ["median of a generation", f"first {options.window}", f"last {options.window}", "last ÷ first"]
     common.report(rows, header, f"{options.runs} generations in {time.perf_counter() - begun:.0f} s")
-    verdict = f"memory grew: {', '.join(faults)}" if faults else "memory did not grow"
+    verdict = f"grown: {', '.join(faults)}" if faults else "nothing grew"
     print(verdict, "", sep="\n")
     document = {"benchmark": "soak", "model": options.model.name, "runs": options.runs, "window": options.window}
     document |= {"options": wanted, "medians": medians, "allowed_megabytes": options.allow, "grown": faults}
@@ -114,6 +123,7 @@ def _show_ratio(both: dict[str, float]) -> str:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=common.DEMO, help="a checkpoint folder (default: the built-in)")
+    parser.add_argument("--stream-experts", type=int, metavar="N", help="read the experts of N layers in every pass")
     parser.add_argument("--prompt", action="append", help="may be repeated (default: four tasks of the built-in model)")
     parser.add_argument("--runs", type=int, default=1000, help="generations")
     parser.add_argument("--window", type=int, default=100, help="how many at either end are compared")

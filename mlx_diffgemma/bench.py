@@ -126,7 +126,8 @@ def main(
     if loaded.network.experts.streamed:
         figures["streaming"] = streaming(loaded, found)
     if loaded.network.tuning.share.size > 1:
-        figures["sharing"] = sharing(loaded, found)
+        figures["sharing"] = sharing(loaded)
+    figures |= limits(figures)
     if seen is not None:
         figures["picture"] = seen
     if steps:
@@ -142,10 +143,8 @@ def main(
         _table(figures)
     if steps:
         click.echo("\n".join(_steps_as_text(figures)))
-    if "streaming" in figures:
-        click.echo(_streaming_as_text(figures["streaming"]))
-    if "sharing" in figures:
-        click.echo(_sharing_as_text(figures["sharing"]))
+    if told := _reach_as_text(figures):
+        click.echo("\n".join(told))
     if seen is not None:
         click.echo(_picture_as_text(seen))
     click.echo(f"Written to {output}. To compare: mlx_diffgemma.bench --compare {output} OTHER.json")
@@ -177,20 +176,18 @@ def streaming(model: "DiffusionGemma", prompts: dict[str, Any]) -> dict[str, Any
         "bytes_a_pass": experts.bytes_a_pass,
         "bytes_per_second": experts.traffic.nbytes / max(experts.traffic.read_seconds, 1e-9),
         "waited": waited,  # a share of the time
-        "limit": "the disk" if waited > WAITED else "computing",
     }
 
 
 def _streaming_as_text(told: dict[str, Any]) -> str:
     return (
         f"Streamed: the experts of {told['layers']} layers, {told['bytes_a_pass'] / 1e9:.3g} GB a pass at"
-        f" {told['bytes_per_second'] / 1e9:.3g} GB/s; {told['waited']:.0%} of the time computing waited for them: the"
-        f" limit is {told['limit']}."
+        f" {told['bytes_per_second'] / 1e9:.3g} GB/s; {told['waited']:.0%} of the time computing waited for them."
     )
 
 
-def sharing(model: "DiffusionGemma", prompts: dict[str, Any]) -> dict[str, Any]:
-    """What a step exchanges, how fast the link is, and how much of the counted steps that comes to."""
+def sharing(model: "DiffusionGemma") -> dict[str, Any]:
+    """What a step exchanges, how fast the link is, and how long that takes."""
     from .model.memory import weight_bytes
     from .model.ranks import Leader
     from .model.table import unpacked_dtype
@@ -201,9 +198,6 @@ def sharing(model: "DiffusionGemma", prompts: dict[str, Any]) -> dict[str, Any]:
     size = unpacked_dtype(model.network.decoder.embed_tokens).size
     step = link.of_step(config, share.size, item_size=size) + link.messages(config, config.canvas_length, size)
     speed = share.measure()
-    seconds = step.count * speed.wait + step.nbytes / speed.bytes_per_second
-    taken = [run["seconds_per_step"] for prompt in prompts.values() for run in prompt.get("runs", ())]
-    part = min(seconds / statistics.median(taken), 1.0) if taken else None
     return {
         "machines": share.size,
         "weight_bytes": weight_bytes(model.network),  # of this one
@@ -211,20 +205,44 @@ def sharing(model: "DiffusionGemma", prompts: dict[str, Any]) -> dict[str, Any]:
         "bytes_a_step": step.nbytes,
         "wait_seconds": speed.wait,
         "bytes_per_second": speed.bytes_per_second,
-        "seconds_a_step": seconds,
-        "part": part,  # of a step's time
-        "limit": "the link" if part is not None and part > 0.5 else "computing",
+        "seconds_a_step": step.count * speed.wait + step.nbytes / speed.bytes_per_second,
     }
 
 
 def _sharing_as_text(told: dict[str, Any]) -> str:
-    part = "" if told["part"] is None else f", {told['part']:.0%} of its time: the limit is {told['limit']}"
     return (
         f"{told['machines']} machines, {told['weight_bytes'] / 1e9:.3g} GB of weights on this one. A step exchanges"
         f" {told['bytes_a_step'] / 1e6:.3g} MB in {told['exchanges_a_step']} exchanges; the link sends"
-        f" {told['bytes_per_second'] / 1e9:.3g} GB/s and takes {told['wait_seconds'] * 1e3:.2g} ms for the least:"
-        f" {told['seconds_a_step'] * 1e3:.3g} ms a step{part}."
+        f" {told['bytes_per_second'] / 1e9:.3g} GB/s and takes {told['wait_seconds'] * 1e3:.2g} ms for the least."
     )
+
+
+def limits(figures: dict[str, Any]) -> dict[str, Any]:
+    """Of a model that is streamed or shared: seconds of a step for each of three. The disk reads while the others work;
+    computing and the link wait for one another."""
+    taken = [run["seconds_per_step"] for prompt in figures["prompts"].values() for run in prompt.get("runs", ())]
+    streamed, shared = figures.get("streaming"), figures.get("sharing")
+    if not taken or not (streamed or shared):
+        return {}
+    step, waited = statistics.median(taken), streamed["waited"] if streamed else 0.0
+    link = shared["seconds_a_step"] if shared else 0.0
+    disk = streamed["bytes_a_pass"] / max(streamed["bytes_per_second"], 1e-9) if streamed else 0.0
+    computing = max(step * (1 - waited) - link, 0.0)
+    limit = "the disk" if waited > WAITED else "the link" if link > computing else "computing"
+    return {"limits": {"step": step, "computing": computing, "disk": disk, "link": link, "limit": limit}}
+
+
+def _reach_as_text(figures: dict[str, Any]) -> list[str]:
+    """A line each of streaming and of sharing, and one that says which of three is the limit."""
+    told = [_streaming_as_text(figures["streaming"])] if "streaming" in figures else []
+    told += [_sharing_as_text(figures["sharing"])] if "sharing" in figures else []
+    if limits := figures.get("limits"):
+        step, computing, disk, link = (_figure(1e3 * limits[key]) for key in ("step", "computing", "disk", "link"))
+        told.append(
+            f"A step takes {step} ms: computing {computing}, the disk {disk}, the link {link}; the limit is"
+            f" {limits['limit']}."
+        )
+    return told
 
 
 def see(model: "DiffusionGemma", source: dict[str, Any], budget: int, repeat: int) -> dict[str, Any]:
@@ -292,7 +310,7 @@ def as_text(figures: dict[str, Any]) -> str:
         if "left_out" not in run:
             scaled = [run[key] * (1e-9 if key.endswith("_bytes") else 1) for key in FIGURES]
             lines.append(f"| {name} | " + " | ".join(f"{value:.3g}" for value in scaled) + " |")
-    lines += ["", _streaming_as_text(figures["streaming"])] if "streaming" in figures else []
+    lines += ["", *reach] if (reach := _reach_as_text(figures)) else []
     lines += ["", _picture_as_text(figures["picture"])] if "picture" in figures else []
     lines += ["", *_steps_as_text(figures)]
     return "\n".join(lines).strip()

@@ -180,9 +180,9 @@ def _terminable() -> Iterator[None]:
 
 
 def _mute() -> Callable[[str], None]:
-    """On another machine than the first: that one speaks, and says when it is over."""
+    """On another machine than the first: that one speaks."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  as long as the process
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports may swallow what Python raises
     return lambda _: None
 
 
@@ -364,6 +364,8 @@ def _share() -> "Share":
 
     _native_stderr()
     share = join()
+    if share.rank:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first one says when it is over
     _JOINED.append(share)
     return share
 

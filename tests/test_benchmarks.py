@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -12,14 +13,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from benchmarks import causal, common, generate, kernels, load, reach, readme, roofline, soak, step, vision
+from benchmarks import causal, common, generate, kernels, load, reach, readme, roofline, soak, step, streamed, vision
 from benchmarks.models import generation_config, peer_model, reference_model
 from mlx_diffgemma.config import LayerConfig, ModelConfig
+from mlx_diffgemma.files import reading
+from mlx_diffgemma.files.checkpoint import open_checkpoint
 from mlx_diffgemma.files.weights import load_network
 from mlx_diffgemma.generation.settings import GenerationConfig
 from mlx_diffgemma.model.memory import MACS, smallest_macs
 from mlx_diffgemma.model.network import Network
 from mlx_diffgemma.model.tuning import DEFAULT, Tuning
+from mlx_diffgemma.packing.recipes import load_recipe
 from mlx_diffgemma.pipeline import loading
 
 from . import small, synthetic
@@ -303,6 +307,22 @@ def test_roofline_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert document["limits"]["seconds_per_step"] == pytest.approx(26.8e9 / 4.8e12, rel=0.3)  # memory holds it back
 
 
+def test_a_pack_of_zeros_has_the_released_sizes_and_takes_no_room(tmp_path: Path) -> None:
+    sizes = streamed.pack_of_zeros(tmp_path, load_recipe("q4"), LAYERS)
+    opened = open_checkpoint(tmp_path)
+    experts = [tensor.nbytes for name, tensor in opened.tensors.items() if ".experts." in name]
+    assert sum(experts) == sum(sizes.layers) and len(sizes.layers) == LAYERS
+    assert sum(file.stat().st_blocks for file in tmp_path.iterdir()) * 512 < 8_000_000
+
+
+def test_a_slow_reader_is_slow(folder: Path) -> None:
+    tensor = open_checkpoint(folder).tensors["model.decoder.embed_tokens.weight"]
+    target = np.empty((tensor.rows, tensor.shape[-1]), np.uint32)
+    begun = time.perf_counter()
+    streamed.Slow(reading.Files([tensor.file]), target.nbytes / 0.2).read(reading.whole(tensor), target)
+    assert 0.2 <= time.perf_counter() - begun < 2
+
+
 def test_soak_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--runs", "6", "--window", "3", "--max-tokens", "8", "--max-steps", "2", "--prompt", "ab"]
     status = soak.main(["--model", str(folder), *arguments])
@@ -314,8 +334,9 @@ def test_soak_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_soak_sees_growth() -> None:
     sizes = {"live_bytes": 100, "cached_bytes": 0, "resident_bytes": 1000, "objects": 1, "steps": 1, "tokens": 1}
+    sizes |= {"handles": 1, "threads": 1}
     before = soak.Sample(seconds=1, seconds_per_step=1, cpu_seconds_per_step=1, **sizes)
-    for field in soak.MEMORY:
+    for field in (*soak.MEMORY, *soak.COUNTS):
         after = dataclasses.replace(before, **{field: 5000})
         assert soak.grown(soak.compare([before] * 4 + [after] * 4, window=3), allowed=1000) == [field]
     assert soak.grown(soak.compare([before] * 6, window=3), allowed=0) == []

@@ -1,7 +1,9 @@
 """How machines that share a model exchange arrays; or threads of one machine, which stand for as many."""
 
+import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import mlx.core as mx
@@ -30,7 +32,8 @@ class Distributed:
     def __init__(self) -> None:
         """Errors: ConfigError when the machines do not find each other."""
         try:
-            self._group = mx.distributed.init(strict=True)
+            with _ended_by_signals():
+                self._group = mx.distributed.init(strict=True)
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"the machines do not find each other: {error}.\nCheck the file of hosts that mlx.launch was given."
@@ -42,6 +45,23 @@ class Distributed:
 
     def told(self, words: mx.array) -> mx.array:
         return mx.distributed.all_sum(words, group=self._group)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the process at once: MLX looks for other machines for half a minute, and at no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Meeting:

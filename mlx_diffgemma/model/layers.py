@@ -189,9 +189,9 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, tuni
     elif length <= most:
         return _attend(queries, keys, values, mask)
     else:
-        group = queries.shape[1] // keys.shape[1] if _is_same_for_all(mask) else 1
+        group = queries.shape[1] // keys.shape[1]
         runs = _equal_runs(length, most, max(ROWS // group, 1))
-        pieces = [_piece(mask, length, total, start, stop) for start, stop in runs]
+        pieces = [_piece(mask, length, total, start, stop, group) for start, stop in runs]
     return _attend_pieces(queries, keys, values, pieces)
 
 
@@ -216,20 +216,21 @@ def _attend_pieces(queries: mx.array, keys: mx.array, values: mx.array, pieces: 
 
 
 def _attend(queries: mx.array, keys: mx.array, values: mx.array, mask: WholeMask) -> mx.array:
-    """All of it at once. Queries that share keys and are masked alike become rows of one product, so that keys and
-    values are read once for all of them; MLX would read them once a head, where it has no kernel of its own.
+    """All of it at once. Queries that share keys become rows of one product, where they are masked alike or the mask
+    has a row for each of them: keys and values are read once for all; MLX would read them once a head, where it has no
+    kernel of its own.
     """
     batch, heads, length, dim = queries.shape
     kv_heads = keys.shape[1]
-    own_kernel = length <= FEW and dim <= WIDEST
-    folded = heads > kv_heads and _is_same_for_all(mask) and not own_kernel
+    group, own_kernel = heads // kv_heads, length <= FEW and dim <= WIDEST
+    folded = group > 1 and (_rows(mask) == group * length or (_rows(mask) == 1 and not own_kernel))
     rows = queries.reshape(batch, kv_heads, -1, dim) if folded else queries
     return mx.fast.scaled_dot_product_attention(rows, keys, values, scale=1.0, mask=mask).reshape(queries.shape)
 
 
-def _is_same_for_all(mask: WholeMask) -> bool:
-    """Whether every query sees the same keys."""
-    return mask is None or (not isinstance(mask, str) and mask.shape[-2] == 1)
+def _rows(mask: WholeMask) -> int | None:
+    """Of a mask: 1 if every query sees the same keys; None if MLX makes them."""
+    return 1 if mask is None else None if isinstance(mask, str) else mask.shape[-2]
 
 
 def _equal_runs(length: int, most: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -242,14 +243,21 @@ def _equal_runs(length: int, most: int, rows: int) -> Iterator[tuple[int, int]]:
         yield units * run // count * unit, min(units * (run + 1) // count * unit, length)
 
 
-def _piece(mask: WholeMask, length: int, total: int, start: int, stop: int) -> tuple[slice, slice, WholeMask]:
-    """Queries `start` … `stop`, the keys they can see, and what is left of the mask."""
+def _piece(
+    mask: WholeMask, length: int, total: int, start: int, stop: int, group: int
+) -> tuple[slice, slice, WholeMask]:
+    """Queries `start` … `stop`, the keys they can see, and what is left of the mask: a row for each of the `group` of
+    queries at a place that share keys."""
     rows, columns = slice(start, stop), slice(0, total)
     if isinstance(mask, str):  # "causal": the queries are the last keys, so these see nothing behind `stop`
-        return rows, slice(0, total - length + stop), mask
-    if mask is None or mask.shape[-2] == 1:
+        before = total - length
+        columns = slice(0, before + stop)
+        some = mx.arange(columns.stop) <= mx.arange(before + start, columns.stop)[:, None]
+    elif mask is None or mask.shape[-2] == 1:
         return rows, columns, mask
-    return rows, columns, mask[..., rows, :]
+    else:
+        some = mask[..., rows, :]
+    return rows, columns, mx.concatenate([some] * group, axis=-2)
 
 
 def periods(layer: LayerConfig) -> mx.array:

@@ -300,11 +300,23 @@ def test_a_file_that_cannot_be_opened_is_an_error(packs: Callable[[str], Path], 
 def test_bench_says_which_is_the_limit(packs: Callable[[str], Path]) -> None:
     model = load(packs("q4"), stream_experts=LAYERS)
     told(model)
-    runs = [
-        {"prefill_seconds": 1.0, "denoise_seconds": 8.0, "commit_seconds": 1.0, "waited_seconds": w} for w in (0, 4)
-    ]
-    for chosen, limit in ((runs[:1], "computing"), (runs, "the disk")):
-        found = bench.streaming(model, {"a": {"runs": chosen}, "b": {"left_out": "too long"}})
-        assert found["limit"] == limit and found["layers"] == LAYERS
-        assert found["bytes_per_second"] > 0 and found["bytes_a_pass"] == model.network.experts.bytes_a_pass
-        assert f"the limit is {limit}" in bench._streaming_as_text(found)
+    parts = {"prefill_seconds": 1.0, "denoise_seconds": 8.0, "commit_seconds": 1.0, "seconds_per_step": 2.0}
+    for waited, link, limit, computing in (
+        (0, 0.9, "computing", 1.1),
+        (4, 0, "the disk", 1.2),
+        (0, 1.5, "the link", 0.5),
+    ):
+        runs = {"a": {"runs": [parts | {"waited_seconds": waited}]}, "b": {"left_out": "too long"}}
+        streamed = bench.streaming(model, runs)
+        assert streamed["layers"] == LAYERS and streamed["bytes_per_second"] > 0
+        assert streamed["bytes_a_pass"] == model.network.experts.bytes_a_pass
+        figures = {"prompts": runs, "streaming": streamed | {"bytes_a_pass": 3e6, "bytes_per_second": 2e6}}
+        if link:
+            shared = {"machines": 2, "weight_bytes": 1e9, "bytes_a_step": 1e6, "exchanges_a_step": 3}
+            figures["sharing"] = shared | {"bytes_per_second": 1e9, "wait_seconds": 1e-3, "seconds_a_step": link}
+        figures |= bench.limits(figures)
+        assert bench._reach_as_text(figures)[-1] == (
+            f"A step takes 2,000 ms: computing {computing * 1e3:,.0f}, the disk 1,500, the link {link * 1e3:,.0f};"
+            f" the limit is {limit}."
+        )
+    assert not bench.limits({"prompts": runs})

@@ -67,7 +67,7 @@ def test_few_scores_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shapes == [(2 * LENGTH, PREFIX + LENGTH)]  # two heads' queries share keys
     shapes.clear()
     layers.attend(q, k, v, "causal", Tuning(scores=4 * 5 * 4 * (PREFIX + LENGTH)))
-    assert shapes == [(4, PREFIX + 4), (4, PREFIX + 8), (4, PREFIX + 12)]
+    assert shapes == [(2 * 4, PREFIX + 4), (2 * 4, PREFIX + 8), (2 * 4, PREFIX + 12)]
 
 
 @pytest.mark.parametrize("most", [1, 4, 5, 31, 32, 33, 100, 256])

@@ -17,6 +17,7 @@ from mlx_diffgemma.model.memory import weight_bytes
 from mlx_diffgemma.model.ranks import Leader, join
 from mlx_diffgemma.pipeline.following import follow
 from mlx_diffgemma.pipeline.model import DiffusionGemma
+from tests import seeing
 
 PROMPT = list(range(3, 27))
 RUNS: dict[str, dict[str, Any]] = {
@@ -61,6 +62,8 @@ def hashes(model: DiffusionGemma, runs: list[str]) -> dict[str, str]:
     if "batch" in runs:  # rows of different lengths, which end one after the other
         prompts: Any = [PROMPT, PROMPT[:5], PROMPT[3:20]]
         found["batch"] = told(model, prompts, seed=None, seeds=[1, 2, 3], max_tokens=96)
+    if "picture" in runs:
+        found["picture"] = told(model, seeing.asked("What?", seeing.picture(1)))
     if "choices" in runs:
         found["choices"] = told(model, "hello", choices=["yes", "no", "perhaps not"])
     if "talk" in runs:

@@ -34,12 +34,12 @@ from mlx_diffgemma.packing.recipes import load_recipe
 from mlx_diffgemma.pipeline import link
 from mlx_diffgemma.pipeline.following import load_in_pieces
 from mlx_diffgemma.pipeline.model import DiffusionGemma
-from tests import synthetic
+from tests import seeing, synthetic
 from tests.pipeline import shared_runs
 
 KINDS = ["sliding_attention", "full_attention"] * 2
 TIMEOUT = 60  # seconds: what hangs must fail
-RANDOM = [*shared_runs.RUNS, "batch"]
+RANDOM = [*shared_runs.RUNS, "batch", "picture"]
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,11 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     small = {"hidden_size": 128, "intermediate_size": 192, "moe_intermediate_size": 64, "head_dim": 16}
     small |= {"num_attention_heads": 8, "num_key_value_heads": 4, "num_global_key_value_heads": 4, "vocab_size": 640}
     small |= {"global_head_dim": 32, "num_experts": 4, "num_hidden_layers": len(KINDS), "layer_types": KINDS}
-    config = synthetic.small_config(**small) | {"canvas_length": 16}
+    tokens = ("boi_token_id", "image_token_id", "eoi_token_id", "vision_soft_tokens_per_image")
+    pictures = {name: seeing.CONFIG[name] for name in tokens}
+    config = synthetic.small_config(**small) | {"canvas_length": 16} | pictures
     source = synthetic.small(folder / "source", config=config, dtype="F32")
+    seeing.write_tokenizer(source)
     recipe = replace(load_recipe("q4"), dtype="float32")
     convert(plan_conversion(checkpoint.open_checkpoint(source), recipe), folder / "q4")
     return {"float32": source, "q4": folder / "q4", "built-in": BUILT_IN}
@@ -211,6 +214,27 @@ def test_the_first_one_alone_reads_and_prints(tmp_path: Path) -> None:
     assert json.loads(out)["text"] == expected.text != ""
 
 
+COMMANDS: dict[str, tuple[list[str], str]] = {
+    "edit": (["FOLDER/names.txt", "--lines", "1-2", "--prompt", "Sort these names", "--seed", "1"], r"^-Nora$"),
+    "decide": (["--prompt", "Is it blue?", "--choice", "yes", "--choice", "no"], r"^answer: (yes|no) .*no \d"),
+    "bench": (
+        ["--repeat", "1", "--only", "fact", "--output", "FOLDER/bench.json"],
+        r"^A step takes .* computing .*the link [\d.,]+; the limit is",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_other_commands_that_are_shared(tmp_path: Path, name: str) -> None:
+    (tmp_path / "names.txt").write_text("Nora\nBen\nZoe\n")
+    arguments, says = COMMANDS[name]
+    command = [f"mlx_diffgemma.{name}", *(part.replace("FOLDER", str(tmp_path)) for part in arguments)]
+    with machines(tmp_path, command, command) as started:
+        (status, out, err), other = started.end()
+    assert (status, other) == (0, (0, "", "")), err
+    assert re.search(says, out, re.MULTILINE), out
+
+
 LONG = ("--events", "--max-denoising-steps", "5000", "--confidence-threshold", "0", "--seed", "1")  # it never settles
 
 
@@ -238,6 +262,18 @@ def test_a_machine_that_is_lost_while_the_first_one_listens(tmp_path: Path) -> N
         first.wait(5)
         (status, _, err), _ = started.end()
     assert status == 1 and "was lost" in err.splitlines()[-1], err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_one_that_waits_for_the_others(tmp_path: Path, number: signal.Signals) -> None:
+    """MLX looks for them for half a minute."""
+    absent = ["http.server", "--bind", "127.0.0.1", str(free_ports(1)[0])]  # one that never comes
+    with machines(tmp_path, generate(), absent) as started:
+        first = started.processes[0]
+        with pytest.raises(subprocess.TimeoutExpired):
+            first.wait(3)  # by now it looks
+        first.send_signal(number)
+        assert first.wait(2) == -number
 
 
 def test_ctrl_c_ends_all(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from .chain import ClassSums, passed
 
 GROUP = 32  # ids of one class: as many rows are scored again where one id of them is drawn
 WIDE = 32 * GROUP  # ids of one class that are summed in one piece, where it has as many
-FAINT = 1e-10  # a class with at most this probability, at every position, is left out of the signal
+FAINT = 1e-10  # a class with at most this probability is left out of a position's signal
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -228,11 +228,11 @@ class ClassReading:
         """The soft embedding under q(v) = exp(l(v) + log μ of its class), at all positions or at `rows`, [N, H] in the
         table's dtype. `multiplier` is log μ, float64 [N, C]; each position's q sums to 1."""
         order, table, dtype = self.order, self.head.table, self.head.dtype
-        posterior = multiplier + self.sums.mass
+        likely = multiplier + self.sums.mass > np.log(FAINT)
+        multiplier = np.where(likely, multiplier, LOWEST)  # what is fainter would reach numbers that a CPU is slow with
         some = slice(None) if rows is None else mx.array(rows)
         if rows is not None:
-            multiplier, posterior = multiplier[rows], posterior[rows]
-        likely = posterior.max(axis=0) > np.log(FAINT)
+            multiplier, likely = multiplier[rows], likely[rows]
         factor = mx.array(multiplier.astype(np.float32))
         parts: dict[int, mx.array] = {}
 
@@ -248,7 +248,7 @@ class ClassReading:
             parts[part] = parts[part] + share if part in parts else share
             return [parts[part]]
 
-        folds = [fold for fold in order.folds if likely[order.kinds[fold.pieces]].any()]
+        folds = [fold for fold in order.folds if likely[:, order.kinds[fold.pieces]].any()]
         _in_turn(folds, self.hidden[some], visit, self.tuning)
         return scaled(reduce(mx.add, (parts[part] for part in sorted(parts))).astype(dtype))
 
