@@ -1,16 +1,18 @@
-"""The pictures that eyes are trained on, and the first stage of training them."""
+"""The pictures that eyes are trained on, and both stages of training them."""
 
 import colorsys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import puzzle_pictures, train_eyes
+from benchmarks import puzzle_pictures, train_eyes, train_seeing
 from benchmarks.train_demo import grid_text
+from mlx_diffgemma.files.shipped import EYES
 from mlx_diffgemma.model.vision import Eyes
 from mlx_diffgemma.model.vision_config import VisionConfig
 from mlx_diffgemma.text.images import scaled
@@ -89,3 +91,17 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch:
     assert steps == [1, 2]
     assert [line["step"] for line in train_eyes.train(parts, 4, size=2, every=1)] == [3, 4]
     assert (whole / "tower.safetensors").read_bytes() == (parts / "tower.safetensors").read_bytes()
+
+
+def test_without_a_tower_of_its_own_the_second_stage_trains_what_is_shipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_seeing, "score", lambda model, seeing, seen: {})
+    [line] = train_seeing.train(tmp_path, 2, pictures=4)
+    made: Any = mx.load(str(tmp_path / "seeing" / "model.safetensors"))
+    shipped: Any = mx.load(str(EYES / "model.safetensors"))
+    assert made.keys() == shipped.keys()
+    changed = [name for name in made if not mx.array_equal(made[name], shipped[name])]
+    assert line["step"] == 2 and changed == [train_seeing.PROJECTION]
+    for name in ("config.json", "puzzle.png"):
+        assert (tmp_path / "seeing" / name).read_bytes() == (EYES / name).read_bytes()

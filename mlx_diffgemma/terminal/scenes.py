@@ -61,7 +61,7 @@ def what_it_knows(tasks: Sequence[Task] = TASKS) -> str:
     lines = ["The built-in model has a million weights and knows five tasks; a prompt to copy for each:"]
     for task in tasks:
         lines.append(f"  {task.name:{width}}  mlx_diffgemma.generate {_quoted(task.prompt)}")
-    lines.append("It reads drawn 6×6 grids, too: --image PUZZLE.png --prompt 'Read this puzzle:'")
+    lines.append("It reads drawn 6×6 grids, too, and solves them: --image PUZZLE.png --prompt 'Solve this Sudoku:'")
     return "\n".join(lines)
 
 

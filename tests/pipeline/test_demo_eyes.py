@@ -65,6 +65,12 @@ def test_grids_are_read_as_prompts_write_them(model: DiffusionGemma, held_out: l
     assert np.mean([same for row in cells for same in row]) >= 0.97
 
 
+def test_puzzles_are_read_and_then_solved(model: DiffusionGemma, held_out: list[Any]) -> None:
+    told = answers(model, [asked(picture, "Solve this Sudoku:") for picture, _, _ in held_out])
+    wanted = [f"{grid_text(cells)}\nsolved:\n{solution}" for _, cells, solution in held_out]
+    assert np.mean([a == b for a, b in zip(told, wanted, strict=True)]) >= 0.8
+
+
 def test_words_alone_are_answered_as_if_there_were_no_eyes(model: DiffusionGemma) -> None:
     def felt(of: DiffusionGemma) -> tuple[Any, ...]:
         result = one(of.generate(SUDOKU.prompt, seed=SUDOKU.seed))
@@ -81,6 +87,17 @@ def test_the_shipped_puzzle_is_read_from_the_command_line() -> None:
     assert told.stdout.startswith(".1. 5.4\n.25 ...\n5.. 43.\n13. .5.\n..6 3.5\n... 6.2")
     assert (np.asarray(train_seeing.shown()) == np.asarray(_opened(EYES / "puzzle.png"))).all()
     assert "421 × 403 → 128 × 128, 64 tokens of 70" in told.stderr
+
+
+def test_the_shipped_puzzle_is_solved_from_the_command_line() -> None:
+    told = CliRunner().invoke(main, ["generate", "--image", str(EYES / "puzzle.png"), "-p", "Solve this Sudoku:"])
+    assert told.exit_code == 0, told.output
+    read, solution = told.stdout.strip().split("\nsolved:\n")
+    assert read == ".1. 5.4\n.25 ...\n5.. 43.\n13. .5.\n..6 3.5\n... 6.2"
+    assert all(a == b for a, b in zip(read, solution, strict=True) if a != ".") and "." not in solution
+    cells = np.array([[int(cell) for cell in line.replace(" ", "")] for line in solution.split("\n")])
+    boxes = cells.reshape(3, 2, 2, 3).swapaxes(1, 2).reshape(6, 6)
+    assert all(set(unit) == set(range(1, 7)) for unit in (*cells, *cells.T, *boxes))
 
 
 def _opened(file: Path) -> Any:
