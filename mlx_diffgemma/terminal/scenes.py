@@ -50,7 +50,7 @@ SUDOKU = Task(  # 12 givens, of which every next digit follows; it takes a dozen
     seed=8,
     pace=0.42,
 )
-SEEN = Task(name="6×6 Sudoku, read", prompt="Read this puzzle:", image=EYES / "puzzle.png")
+SEEN = Task(name="6×6 Sudoku in a picture", prompt="Solve this Sudoku:", image=EYES / "puzzle.png")
 TASKS = (NAMES, JSON, TABLE, LETTER, SUDOKU)
 SCENES = (NAMES, JSON, TABLE, SEEN, SUDOKU)
 
