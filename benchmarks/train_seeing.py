@@ -179,7 +179,7 @@ def train(folder: Path, steps: int, *, pictures: int, seed: int = 5, every: int 
     """Train, from what is there on, and save; yields what it measures `every` steps."""
     speller, model = speller_of(folder), load(BUILT_IN)
     seen, unseen = look_at(speller, seed, pictures), look_at(speller, HELD_OUT_SEED, 32, unseen=True)
-    if begun(folder):
+    if start_of(folder):
         seeing = kept(folder, model)
         model.network.train()
     else:
@@ -208,7 +208,7 @@ def train(folder: Path, steps: int, *, pictures: int, seed: int = 5, every: int 
             total = 0.0
 
 
-def begun(folder: Path) -> Path | None:
+def start_of(folder: Path) -> Path | None:
     """What there is to go on with: what was saved, or what is shipped if the folder has no tower of its own."""
     if (folder / "seeing").is_dir():
         return folder / "seeing"
@@ -217,7 +217,7 @@ def begun(folder: Path) -> Path | None:
 
 def speller_of(folder: Path) -> Speller:
     """The tower; behind the first stage its head, too, which nobody asks here."""
-    speller, source = Speller(), begun(folder)
+    speller, source = Speller(), start_of(folder)
     if source is None:
         speller.load_state_dict(torch.load(folder / "state.pt")["speller"])
     else:
@@ -228,7 +228,7 @@ def speller_of(folder: Path) -> Speller:
 
 def kept(folder: Path, model: DiffusionGemma) -> Seeing:
     """What was saved or is shipped, around a model of its own."""
-    source = begun(folder) or folder / "seeing"
+    source = start_of(folder) or folder / "seeing"
     adapters.load(model.network, source / "adapter")
     found: Any = mx.load(str(source / "model.safetensors"))
     return Seeing(model.network, found[PROJECTION])
