@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -371,12 +372,12 @@ def _share() -> "Share":
 
 
 _JOINED: "list[Ranks]" = []
+PATIENCE = 2.0  # seconds that a command has to end by itself when another machine was lost
 
 
 def _native_stderr() -> None:
-    """MLX's ring tells each failed look at a socket on standard error, some twenty lines; ours is one."""
-    if "MLX_RING_VERBOSE" in os.environ:
-        return
+    """MLX's ring tells each failed look at a socket on standard error, some twenty lines in pieces; ours is one. When
+    it has given up, a pass that comes too late for its failure waits for ever: then the process is ended from here."""
     kept = os.dup(2)
     read, write = os.pipe()
     os.dup2(write, 2)
@@ -384,12 +385,28 @@ def _native_stderr() -> None:
     sys.stderr = open(kept, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115  as long as the process
 
     def pass_on() -> None:
+        passing, ending = True, threading.Thread(target=_end_soon, daemon=True)
         with open(read, "rb") as lines:
             for line in lines:
-                if not line.startswith(b"[ring]"):
+                passing = passing and (b"[ring]" not in line or "MLX_RING_VERBOSE" in os.environ)
+                if passing:
                     os.write(kept, line)
+                if b"Too many send/recv errors" in line and ending.ident is None:
+                    ending.start()
 
     threading.Thread(target=pass_on, daemon=True).start()
+
+
+def _end_soon() -> None:
+    """Another machine was lost. What ends as it should has ended by then."""
+    time.sleep(PATIENCE)
+    if not any(share.lost for share in _JOINED):
+        from .model.ranks import LOST
+
+        if sys.stderr.isatty():
+            sys.stderr.write("\x1b[?25h")  # a live canvas hides the cursor
+        _complain(LOST)
+    os._exit(1)
 
 
 class _JsonObject(click.ParamType):

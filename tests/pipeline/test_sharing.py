@@ -250,6 +250,21 @@ def test_a_lost_machine_ends_the_rest_with_one_line(tmp_path: Path, lost: int) -
     assert status == 1 and err.count("\n") == 1 and "was lost" in err, err
 
 
+def test_a_pass_that_waits_for_a_lost_machine_for_ever_is_ended() -> None:
+    """What MLX's ring says when it gives up may come in pieces, of two threads."""
+    code = """
+import os, time
+from mlx_diffgemma import cli
+cli._native_stderr()
+os.write(2, b"a word of another library\\n[ring] [ring]Receiving Socket from 6 was closed by the peer\\n failed\\n")
+os.write(2, b"[ring] Too many send/recv errors. Failing pending tasks...\\n" * 2)
+time.sleep(30)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT)
+    assert ended.returncode == 1
+    assert re.fullmatch("a word of another library\nError: another machine .* was lost; .*\n", ended.stderr)
+
+
 def test_a_machine_that_is_lost_while_the_first_one_listens(tmp_path: Path) -> None:
     with machines(tmp_path, *[["mlx_diffgemma.chat"]] * 2) as started:
         first, other = started.processes
