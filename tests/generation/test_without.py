@@ -14,7 +14,11 @@ from mlx_diffgemma.model.tuning import Tuning
 from mlx_diffgemma.proof.recordings import Recording
 from mlx_diffgemma.proof.replay import replay_trajectory
 
-RUNS = ("settling-behind-window", "settling-early-batch", "demo-table")
+RUNS = (
+    "settling-behind-window",
+    "settling-early-batch",
+    "demo-sudoku",
+)  # the last is sure of most positions at its end
 EVERYTHING = Tuning(tile=64, scores=2048, sort_from=1)  # sizes at which a small model meets every idea
 
 
