@@ -151,7 +151,7 @@ class Talk:
 
     def save(self, file: str) -> None:
         """FILE.json: write the conversation, as generate --messages reads it"""
-        from .text.parts import written
+        from .text.pictures.parts import written
 
         if not file:
             raise DiffGemmaError("/save needs the name of a file.")

@@ -27,8 +27,8 @@ from .readers import parse_json
 from .values import shown
 
 if TYPE_CHECKING:
-    from .model.ranks import Ranks
-    from .model.sharing import Share
+    from .model.sharing.ranks import Ranks
+    from .model.sharing.share import Share
     from .pipeline.model import DiffusionGemma
 
 COMMANDS = {
@@ -357,11 +357,11 @@ def open_model(source: dict[str, Any], *, quiet: bool = False) -> "DiffusionGemm
 
 def _share() -> "Share":
     """The machines that mlx.launch started, or this one alone. Errors: ConfigError."""
-    from .model.sharing import ALONE
+    from .model.sharing.share import ALONE
 
     if launched.size() == 1:
         return ALONE
-    from .model.ranks import join
+    from .model.sharing.ranks import join
 
     _native_stderr()
     share = join()
@@ -401,7 +401,7 @@ def _end_soon() -> None:
     """Another machine was lost. What ends as it should has ended by then."""
     time.sleep(PATIENCE)
     if not any(share.lost for share in _JOINED):
-        from .model.ranks import LOST
+        from .model.sharing.ranks import LOST
 
         if sys.stderr.isatty():
             sys.stderr.write("\x1b[?25h")  # a live canvas hides the cursor

@@ -44,7 +44,7 @@ class Lines(click.ParamType):
 @generation_options
 def main(file: str, lines: tuple[int, int], prompt: str, start: Any, write: bool, quiet: bool, **rest: Any) -> None:
     """Write some lines of FILE anew and print the change as a diff; all other lines stay as they are."""
-    from .pipeline.drafts import check_lines
+    from .pipeline.obeying.drafts import check_lines
 
     if "template_options" in rest["options"]:
         raise click.UsageError("--template-options would do nothing: an edit writes its own prompt.")

@@ -62,8 +62,8 @@ class Obeying:
 
     def check(self) -> None:
         """What can be checked without a model. Errors: ConfigError, PromptError."""
-        from .pipeline.constraints import Asked
-        from .pipeline.drafts import Draft
+        from .pipeline.obeying.constraints import Asked
+        from .pipeline.obeying.drafts import Draft
 
         texts = self._texts
         if self.fill is not None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .server.guard import Rules
     from .server.scheduler import Scheduler
-    from .text.sources import Access
+    from .text.pictures.sources import Access
 
 LEVELS = ("debug", "info", "warning", "error")
 PATIENCE = 5  # seconds that a stream has for its last words when the server stops
@@ -71,7 +71,7 @@ def main(source: dict[str, Any], host: str, port: int, log_level: str, **wanted:
     """Serve the model: OpenAI's API under /v1, and a page to watch it at /."""
     _check_installed()
     from .server.scheduler import Scheduler
-    from .text.sources import Access
+    from .text.pictures.sources import Access
 
     rules = _rules(host, wanted["api_key"], wanted["allowed_origins"])
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

@@ -8,11 +8,11 @@ import mlx.core as mx
 
 from ..generation.drawing import Decode, text_html
 from ..generation.events import CanvasRow, Committed, Denoised, Event, Finished, Statistics
-from ..text.images import Seen
+from ..text.pictures.images import Seen
 from ..text.tokenizer import Tokenizer
-from .constraints import Compiled, Obeyed, obeyed
-from .drafts import Draft
-from .pace import Pace
+from .machine.pace import Pace
+from .obeying.constraints import Compiled, Obeyed, obeyed
+from .obeying.drafts import Draft
 from .prompts import Placed
 
 

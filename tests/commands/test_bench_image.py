@@ -12,8 +12,8 @@ from mlx_diffgemma import bench
 from mlx_diffgemma.model.network import leaves
 from mlx_diffgemma.model.vision import Eyes
 from mlx_diffgemma.model.vision_config import VisionConfig
-from mlx_diffgemma.pipeline.measuring import looking
-from mlx_diffgemma.text.images import BUDGETS
+from mlx_diffgemma.pipeline.machine.measuring import looking
+from mlx_diffgemma.text.pictures.images import BUDGETS
 from tests import small
 from tests.model.eyes import vision_config
 

@@ -22,7 +22,7 @@ from mlx_diffgemma.generation.events import Committed, Denoised
 from mlx_diffgemma.model.memory import memory_needed, weight_bytes
 from mlx_diffgemma.packing.conversion import convert, plan_conversion
 from mlx_diffgemma.packing.recipes import adhoc_recipe, load_recipe
-from mlx_diffgemma.pipeline.fitting import Sizes, smallest_streaming, streamed_layers
+from mlx_diffgemma.pipeline.machine.fitting import Sizes, smallest_streaming, streamed_layers
 from mlx_diffgemma.pipeline.model import DiffusionGemma
 from mlx_diffgemma.training.preparation import prepare
 from mlx_diffgemma.training.settings import Settings

@@ -25,14 +25,14 @@ from mlx_diffgemma import load
 from mlx_diffgemma.errors import ConfigError, DiffGemmaError, PeerError
 from mlx_diffgemma.files import checkpoint
 from mlx_diffgemma.files.shipped import BUILT_IN
-from mlx_diffgemma.model.group import Meeting, Member
 from mlx_diffgemma.model.network import leaves
-from mlx_diffgemma.model.ranks import HEAD, join
-from mlx_diffgemma.model.sharing import Share
+from mlx_diffgemma.model.sharing.group import Meeting, Member
+from mlx_diffgemma.model.sharing.ranks import HEAD, join
+from mlx_diffgemma.model.sharing.share import Share
 from mlx_diffgemma.packing.conversion import convert, plan_conversion
 from mlx_diffgemma.packing.recipes import load_recipe
-from mlx_diffgemma.pipeline import link
 from mlx_diffgemma.pipeline.following import load_in_pieces
+from mlx_diffgemma.pipeline.machine import link
 from mlx_diffgemma.pipeline.model import DiffusionGemma
 from tests import seeing, synthetic
 from tests.pipeline import shared_runs

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from mlx_diffgemma.errors import PromptError
-from mlx_diffgemma.text import sources
-from mlx_diffgemma.text.sources import Access, fetch, read, shortened
+from mlx_diffgemma.text.pictures import sources
+from mlx_diffgemma.text.pictures.sources import Access, fetch, read, shortened
 
 BODY = bytes(range(256)) * 4
 REDIRECTS = {
