@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import launched
-from .cli import Option, command, model_options, open_model
+from .cli import command
 from .disk import existing_file, new_file, replacing
 from .errors import ConfigError, PromptError
+from .options import Option, model_options, open_model
 from .readers import read_json
 from .values import Field, Table, anything, either, many, mapping, number, text
 

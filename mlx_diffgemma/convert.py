@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import Option, command
+from .cli import command
 from .config import RELEASED, ModelConfig
 from .disk import new_folder, user_path
 from .files.quantization import MODE_DEFAULTS, describe
+from .options import Option
 from .packing.recipes import DTYPES, Recipe, adhoc_recipe, load_recipe, recipe_names
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used

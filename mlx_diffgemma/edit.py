@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import Option, command, generation_options, model_options, open_model, run_options
+from .cli import command
 from .disk import existing_file, new_file, replacing
 from .obeying import read_text
+from .options import Option, generation_options, model_options, open_model, run_options
 
 if TYPE_CHECKING:
     from .pipeline.requests import Request

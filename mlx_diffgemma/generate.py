@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import launched
-from .cli import BUDGET, Number, Option, command, generation_options, model_options, open_model, run_options
+from .cli import command
 from .disk import existing_file, new_file, reason
 from .errors import PromptError
 from .obeying import Obeying, obeying_options
+from .options import BUDGET, Number, Option, generation_options, model_options, open_model, run_options
 from .readers import decoded, parse_json, read_bytes
 
 if TYPE_CHECKING:

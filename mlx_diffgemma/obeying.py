@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import gathered
 from .disk import existing_file
 from .errors import PromptError
+from .options import gathered
 from .readers import decoded, read_bytes
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import Option, command, model_options, open_model
+from .cli import command
 from .disk import reason
 from .errors import ConfigError, DiffGemmaError
+from .options import Option, model_options, open_model
 
 if TYPE_CHECKING:
     import uvicorn
