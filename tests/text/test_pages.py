@@ -157,6 +157,9 @@ def test_one_page_is_kept_at_a_time(count: int, monkeypatch: pytest.MonkeyPatch)
     """However many there are: none while they are opened, one while they are looked at, no document in between."""
     import pypdfium2
 
+    gc.collect()
+    gc.freeze()  # what earlier tests left need not be looked through at each page
+
     drawn: list[weakref.ref[np.ndarray]] = []
     documents: list[weakref.ref[Any]] = []
     draw, init = pages._drawn, pypdfium2.PdfDocument.__init__
