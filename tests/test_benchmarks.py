@@ -321,7 +321,7 @@ def test_a_slow_reader_is_slow(folder: Path) -> None:
     target = np.empty((tensor.rows, tensor.shape[-1]), np.uint32)
     begun = time.perf_counter()
     streamed.Slow(reading.Files([tensor.file]), target.nbytes / 0.2).read(reading.whole(tensor), target)
-    assert 0.2 <= time.perf_counter() - begun < 2
+    assert 0.2 <= time.perf_counter() - begun < 20
 
 
 def test_soak_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
