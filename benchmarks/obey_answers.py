@@ -26,8 +26,8 @@ from benchmarks import decodings, train_demo
 from benchmarks.train_demo import HELD_OUT_SEED, Example
 from mlx_diffgemma import Hole, Language, json_schema, load, regex
 from mlx_diffgemma.files.shipped import BUILT_IN
-from mlx_diffgemma.pipeline.drafts import LINES, Draft
 from mlx_diffgemma.pipeline.model import DiffusionGemma
+from mlx_diffgemma.pipeline.obeying.drafts import LINES, Draft
 from mlx_diffgemma.pipeline.results import Result
 from mlx_diffgemma.text.language.syntax import Layout
 

@@ -6,7 +6,7 @@
 
 Seconds a step = the larger of computing (roofline.py's bound, by the efficiency that published programs reach) and the
 streamed bytes ÷ the disk's GB/s: reading is hidden behind computing, or computing behind reading (files/streaming.py).
-Two Macs: half of the computing and a tenth more, then what they send each other, counted (pipeline/link.py) ÷ GB/s of
+Two Macs: half of the computing and a tenth more, then what they send each other, counted (machine/link.py) ÷ GB/s of
 the link, and a wait for each exchange; nothing is hidden. Speeds and waits of links are assumed.
 Assumed: 12 steps a canvas and a commit, a short prompt, room for 4,096 tokens, the memory that macOS lends as it comes.
 Published of 256 GB disks: M1 2.75 GB/s, M2 1.46, M4 2.79; larger ones are faster. Nothing here was measured on a Mac.
@@ -20,11 +20,11 @@ from benchmarks.roofline import RELEASED, Chip, Macs, Model, bound, encode, lent
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.files import layout
 from mlx_diffgemma.model.memory import memory_needed
-from mlx_diffgemma.model.sharing import Share
+from mlx_diffgemma.model.sharing.share import Share
 from mlx_diffgemma.packing import plan
 from mlx_diffgemma.packing.recipes import load_recipe, recipe_names
-from mlx_diffgemma.pipeline import link
-from mlx_diffgemma.pipeline.fitting import Sizes, streamed_layers
+from mlx_diffgemma.pipeline.machine import link
+from mlx_diffgemma.pipeline.machine.fitting import Sizes, streamed_layers
 from mlx_diffgemma.readers import read_json
 
 MACHINES = (("M1", 8), ("M2", 8), ("M1", 16), ("M2", 16), ("M2 Pro", 16), ("M4", 16), ("M5", 16))

@@ -40,7 +40,7 @@ from mlx_diffgemma.model.memory import memory_needed
 from mlx_diffgemma.packing import plan
 from mlx_diffgemma.packing.conversion import convert, plan_conversion
 from mlx_diffgemma.packing.recipes import Recipe, load_recipe
-from mlx_diffgemma.pipeline.fitting import Sizes, streamed_layers
+from mlx_diffgemma.pipeline.machine.fitting import Sizes, streamed_layers
 
 UNITS = (0.25, 0.5, 1.0, 2.0, 4.0)  # seconds of reading for one of computing
 STEPS, CANVAS = 3, 32

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.puzzle_pictures import draw, look
 from benchmarks.train_demo import HELD_OUT_SEED, grid_text
 from mlx_diffgemma.disk import replacing
-from mlx_diffgemma.text.images import PictureConfig, scaled
+from mlx_diffgemma.text.pictures.images import PictureConfig, scaled
 
 PICTURES = PictureConfig(patch_size=8, pooling=2, budget=70)
 VISION = {

@@ -42,7 +42,7 @@ from mlx_diffgemma.generation.noise import SeededNoise
 from mlx_diffgemma.model.blocks import Block
 from mlx_diffgemma.model.network import Network, leaves
 from mlx_diffgemma.pipeline.model import DiffusionGemma
-from mlx_diffgemma.text.images import scaled
+from mlx_diffgemma.text.pictures.images import scaled
 from mlx_diffgemma.training import objective
 from mlx_diffgemma.training.objective import Batch
 

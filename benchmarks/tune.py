@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from benchmarks import common
 from benchmarks.models import config, our_network
 from mlx_diffgemma.model.tuning import CPU_TILE, DEFAULT, Tuning
-from mlx_diffgemma.pipeline.measuring import by_turns
+from mlx_diffgemma.pipeline.machine.measuring import by_turns
 from mlx_diffgemma.tune import ROUNDS, Seconds, Trial, choose
 
 

@@ -30,7 +30,7 @@ from benchmarks import common
 from benchmarks.step import memory
 from mlx_diffgemma.model.vision import Eyes
 from mlx_diffgemma.model.vision_config import VisionConfig
-from mlx_diffgemma.text.images import PictureConfig, scaled_size
+from mlx_diffgemma.text.pictures.images import PictureConfig, scaled_size
 
 RELEASED_LAYERS, HIDDEN = 27, 2816
 VISION: dict[str, Any] = {

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import launched
-from .cli import Option, command, model_options, open_model
+from .cli import command
 from .disk import existing_file, new_file, replacing
 from .errors import ConfigError, PromptError
+from .options import Option, model_options, open_model
 from .readers import read_json
 from .values import Field, Table, anything, either, many, mapping, number, text
 
@@ -131,7 +132,7 @@ def main(
     if seen is not None:
         figures["picture"] = seen
     if steps:
-        from .pipeline.speeds import speeds
+        from .pipeline.machine.speeds import speeds
 
         figures |= {"steps": take_apart(loaded, pause), "products": speeds(loaded.network)}
     with replacing(target, "w") as stream:
@@ -189,9 +190,9 @@ def _streaming_as_text(told: dict[str, Any]) -> str:
 def sharing(model: "DiffusionGemma") -> dict[str, Any]:
     """What a step exchanges, how fast the link is, and how long that takes."""
     from .model.memory import weight_bytes
-    from .model.ranks import Leader
+    from .model.sharing.ranks import Leader
     from .model.table import unpacked_dtype
-    from .pipeline import link
+    from .pipeline.machine import link
 
     share, config = model.network.tuning.share, model.config
     assert isinstance(share, Leader)
@@ -248,7 +249,7 @@ def _reach_as_text(figures: dict[str, Any]) -> list[str]:
 def see(model: "DiffusionGemma", source: dict[str, Any], budget: int, repeat: int) -> dict[str, Any]:
     """What a picture costs. Errors: ConfigError for a pack without a vision tower."""
     from .files.eyes import load_eyes
-    from .pipeline.measuring import looking
+    from .pipeline.machine.measuring import looking
 
     eyes = load_eyes(model.folder or Path(), model.config, ignore_keys=source.get("ignore_key", ()))
     return looking(eyes, budget, repeat)
@@ -267,7 +268,7 @@ def _picture_as_text(told: dict[str, Any]) -> str:
 def take_apart(model: "DiffusionGemma", pause: float) -> list[dict[str, Any]]:
     """A step behind each of PREFIXES that fits; the pause comes once."""
     from .model.memory import memory_needed, weight_bytes
-    from .pipeline.measuring import anatomy
+    from .pipeline.machine.measuring import anatomy
 
     config, weights = model.config, weight_bytes(model.network)
     limit = config.max_position_embeddings - config.canvas_length

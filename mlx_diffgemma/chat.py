@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import BUDGET, Option, command, generation_options, model_options, open_model, run_options
+from .cli import command
 from .disk import new_file, reason, replacing
 from .errors import DiffGemmaError, PeerError
 from .generation.settings import GenerationOptions
+from .options import BUDGET, Option, generation_options, model_options, open_model, run_options
 
 if TYPE_CHECKING:
     from .pipeline.model import DiffusionGemma
@@ -151,7 +152,7 @@ class Talk:
 
     def save(self, file: str) -> None:
         """FILE.json: write the conversation, as generate --messages reads it"""
-        from .text.parts import written
+        from .text.pictures.parts import written
 
         if not file:
             raise DiffGemmaError("/save needs the name of a file.")

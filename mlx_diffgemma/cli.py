@@ -1,34 +1,25 @@
-"""The command line: the click group, the options that commands share, and errors in one to three lines.
+"""The command line: the click group, and errors in one to three lines.
 
 Exit status: 0 done · 1 failed · 2 wrong usage · 130 interrupted · 143 terminated.
 """
 
 import io
-import math
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import wraps
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import click
 
-from . import launched
+from . import joined, launched
 from ._version import __version__
 from .disk import reason
 from .errors import ConfigError, DiffGemmaError, PeerError
-from .files.shipped import BUILT_IN
-from .readers import parse_json
-from .values import shown
-
-if TYPE_CHECKING:
-    from .model.ranks import Ranks
-    from .model.sharing import Share
-    from .pipeline.model import DiffusionGemma
+from .options import LOADING, Option, open_model
 
 COMMANDS = {
     "generate": "Write a reply to a prompt, and watch the canvas settle.",
@@ -45,15 +36,6 @@ COMMANDS = {
     "train": "Fine-tune with LoRA or in full, by the denoising objective.",
     "fuse": "Merge a LoRA adapter into its model.",
 }
-
-
-class Option(click.Option):
-    """An option of a section of `--help-all`; those without one are the common options, which `--help` shows."""
-
-    def __init__(self, *args: Any, section: str = "", **settings: Any):
-        super().__init__(*args, **settings)
-        self.section = section
-
 
 Machines = Literal["one", "share", "each"]  # of those that mlx.launch started: which run a command
 
@@ -92,7 +74,7 @@ class Command(click.Command):
         args = list(sys.argv[1:] if args is None else args)
         say, lost = _complain, None
         if launched.rank() and self.machines != "each":
-            say = _mute()
+            say = joined.mute()
         try:
             with _terminable():
                 _open_streams()
@@ -112,7 +94,7 @@ class Command(click.Command):
                 raise
             status = 1
             say(_in_words(error))
-        if lost := lost or next((share.lost for share in _JOINED if share.lost), None):
+        if lost := lost or next((share.lost for share in joined.SHARES if share.lost), None):
             status = 1
             _complain(str(lost))
         sys.exit(status if isinstance(status, int) else 0)
@@ -126,7 +108,7 @@ class Command(click.Command):
             return None
         if not launched.rank():
             return super().invoke(ctx)
-        found = {name: ctx.params.get(name) for name in _LOADING}
+        found = {name: ctx.params.get(name) for name in LOADING}
         return _follow({name: value for name, value in found.items() if value is not None and value != ()})
 
 
@@ -177,13 +159,6 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _mute() -> Callable[[str], None]:
-    """On another machine than the first: that one speaks."""
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  as long as the process
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports may swallow what Python raises
-    return lambda _: None
 
 
 def _follow(source: dict[str, Any]) -> None:
@@ -272,269 +247,3 @@ def _say_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
         click.echo(f"mlx_diffgemma, version {__version__}")
         ctx.exit()
-
-
-class Number(click.FloatRange):
-    """A finite number in a range: nan lies in none, and inf is a slip of the pen."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value!r} is not a finite number.", param, ctx)
-        return number
-
-
-_LOADING: dict[str, dict[str, Any]] = {
-    "model": {"metavar": "PATH|REPO", "help": "Folder or Hub repository.  [default: the built-in one]"},
-    "adapter": {"metavar": "PATH", "help": "A LoRA adapter made by train."},
-    "trunk": {
-        "section": "Machine",
-        "type": click.Choice(["auto", "packed", "bf16"]),
-        "help": "All but the experts: as in the pack, or unpacked (same values, faster, larger).  [default: auto]",
-    },
-    "no_tuned": {
-        "section": "Machine",
-        "is_flag": True,
-        "default": None,
-        "help": "Not as mlx_diffgemma.tune chose, but by the defaults.",
-    },
-    "memory_limit": {
-        "section": "Machine",
-        "type": Number(0, min_open=True),
-        "metavar": "GB",
-        "help": "The most memory to use.",
-    },
-    "stream_experts": {
-        "section": "Machine",
-        "type": click.IntRange(0),
-        "metavar": "N",
-        "help": "Read the experts of N layers from disk in every pass.  [default: as few as fit]",
-    },
-    "ignore_key": {
-        "section": "Machine",
-        "multiple": True,
-        "metavar": "KEY",
-        "help": "An unknown key of config.json that you know is harmless.",
-    },
-}
-
-
-def model_options(function: Callable[..., None]) -> Callable[..., None]:
-    """What `open_model` takes, handed over as one dict `source` that holds what the user set and nothing else."""
-    return gathered(function, "source", _LOADING, {"adapter": ["--adapter-path"]})
-
-
-def open_model(source: dict[str, Any], *, quiet: bool = False) -> "DiffusionGemma":
-    """Load the model, or the built-in one with a line that says how to get the real one."""
-    from rich.text import Text
-
-    from .model.tuning import DEFAULT
-    from .pipeline.loading import load
-    from .terminal.console import console
-
-    share = _share()
-    stderr = console(stderr=True, quiet=quiet)
-    if "model" not in source:
-        stderr.print(
-            "The small built-in model. The real one: mlx_diffgemma.convert, then --model PATH (README: The real model)",
-            style="dim",
-        )
-    own = ("model", "memory_limit", "ignore_key", "no_tuned")
-    options = {name: value for name, value in source.items() if name not in own}
-    if "no_tuned" in source:
-        options["tuning"] = DEFAULT
-    if "memory_limit" in source:
-        options["memory_limit"] = max(int(source["memory_limit"] * 1e9), 1)
-    with stderr.status(Text(f"Loading {source.get('model', 'the built-in model')}")):
-        model = load(source.get("model", BUILT_IN), ignore_keys=source.get("ignore_key", ()), share=share, **options)
-    for notice in model.notices:
-        stderr.print(f"Note: {notice}", style="dim")
-    return model
-
-
-def _share() -> "Share":
-    """The machines that mlx.launch started, or this one alone. Errors: ConfigError."""
-    from .model.sharing import ALONE
-
-    if launched.size() == 1:
-        return ALONE
-    from .model.ranks import join
-
-    _native_stderr()
-    share = join()
-    if share.rank:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first one says when it is over
-    _JOINED.append(share)
-    return share
-
-
-_JOINED: "list[Ranks]" = []
-
-
-def _native_stderr() -> None:
-    """MLX's ring tells each failed look at a socket on standard error, some twenty lines; ours is one."""
-    if "MLX_RING_VERBOSE" in os.environ:
-        return
-    kept = os.dup(2)
-    read, write = os.pipe()
-    os.dup2(write, 2)
-    os.close(write)
-    sys.stderr = open(kept, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115  as long as the process
-
-    def pass_on() -> None:
-        with open(read, "rb") as lines:
-            for line in lines:
-                if not line.startswith(b"[ring]"):
-                    os.write(kept, line)
-
-    threading.Thread(target=pass_on, daemon=True).start()
-
-
-class _JsonObject(click.ParamType):
-    name = "JSON"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            found = parse_json(value, shown(value), fault=ConfigError)
-        except ConfigError as error:
-            self.fail(str(error), param, ctx)
-        if not isinstance(found, dict):
-            self.fail(f'{value!r} is not a JSON object, as in {{"enable_thinking": true}}.', param, ctx)
-        return found
-
-
-class _Logprobs(click.ParamType):
-    name = "K"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool | int:
-        if isinstance(value, bool) or value == "True":
-            return True
-        if not str(value).isdecimal():
-            self.fail(f"{value!r} is not a number of tokens.", param, ctx)
-        return int(value)
-
-
-BUDGET = "Soft tokens of a picture, at most: 70, 140, 280, 560, 1120, low or high."
-_POSITIVE, _NUMBER = click.IntRange(1), Number(0)
-_SAMPLER, _DEPARTURES = (
-    "Sampler (without these, the checkpoint's own values)",
-    "Not the reference (reported in the result)",
-)
-_PROMPT, _TOKENS, _SCORES = "Prompt", "Token by token (--decoding autoregressive)", "Log-probabilities"
-_GENERATION: dict[str, dict[str, Any]] = {
-    "seed": {"type": int, "metavar": "N", "help": "Makes a run repeatable.  [default: new]"},
-    "max_tokens": {"type": _POSITIVE, "metavar": "N", "help": "Stop after this many tokens."},
-    "temperature": {"type": _NUMBER, "metavar": "X", "help": "Of the schedule: 1 is the reference, 0 --greedy."},
-    "decoding": {
-        "type": click.Choice(["diffusion", "autoregressive"]),
-        "metavar": "WAY",
-        "help": "diffusion, or autoregressive: token by token.",
-    },
-    "extra_eos_token": {
-        "section": _PROMPT,
-        "metavar": "TOKEN",
-        "multiple": True,
-        "help": "A token that ends a reply too; may be repeated.",
-    },
-    "template_options": {
-        "section": _PROMPT,
-        "type": _JsonObject(),
-        "help": "Further variables of the chat template, as a JSON object.",
-    },
-    "max_denoising_steps": {"section": _SAMPLER, "type": _POSITIVE, "help": "At most so many steps a canvas."},
-    "t_max": {"section": _SAMPLER, "type": Number(0, min_open=True), "help": "Temperature of the first step."},
-    "t_min": {"section": _SAMPLER, "type": _NUMBER, "help": "What the temperature falls towards."},
-    "entropy_bound": {"section": _SAMPLER, "type": _NUMBER, "help": "Nats that one step may accept together."},
-    "stability_threshold": {
-        "section": _SAMPLER,
-        "type": click.IntRange(0),
-        "help": "Steps without a change before a canvas is settled.",
-    },
-    "confidence_threshold": {
-        "section": _SAMPLER,
-        "type": _NUMBER,
-        "help": "Mean entropy under which a canvas is settled.",
-    },
-    "top_p": {"section": _TOKENS, "type": _NUMBER, "help": "The likeliest tokens with this probability together."},
-    "top_k": {"section": _TOKENS, "type": click.IntRange(0), "help": "So many of the likeliest tokens; 0: all."},
-    "min_p": {"section": _TOKENS, "type": _NUMBER, "help": "Tokens at least so likely as this times the likeliest."},
-    "logprobs": {
-        "section": _SCORES,
-        "is_flag": False,
-        "flag_value": True,
-        "type": _Logprobs(),
-        "metavar": "[K]",
-        "help": "Of every token given its left; with K also the K likeliest there.",
-    },
-    "best_of": {"section": _SCORES, "type": _POSITIVE, "help": "So many answers; the likeliest is given."},
-    "retries": {"section": _SCORES, "type": click.IntRange(0), "help": "More answers while a token is unlikely."},
-    "stable_answer": {
-        "section": _DEPARTURES,
-        "type": _POSITIVE,
-        "help": "End a canvas whose answer has not changed for so many steps: 8 costs nearly nothing, 1 much.",
-    },
-    "free_signal": {
-        "section": _DEPARTURES,
-        "is_flag": True,
-        "default": None,
-        "help": "Under a constraint: show the next step what the model would say without it.",
-    },
-    "prefill_step_size": {"section": "Machine", "type": _POSITIVE, "help": "Prompt tokens encoded at a time."},
-    "canvas_length": {"section": _DEPARTURES, "type": _POSITIVE, "help": "A shorter canvas, for short answers."},
-    "picture_mask": {
-        "section": _DEPARTURES,
-        "type": click.Choice(["transformers", "gemma4"]),
-        "help": "Who sees whom in a picture: as transformers generates, or as in Google's own code.",
-    },
-    "greedy": {"section": _DEPARTURES, "is_flag": True, "default": None, "help": "Always guess the best token."},
-    "avoid_empty": {"section": _DEPARTURES, "is_flag": True, "default": None, "help": "Never an empty reply."},
-}
-_SPELLINGS = {
-    "max_tokens": ["-m"],
-    "temperature": ["--temp"],
-    "template_options": ["--chat-template-config"],
-}
-
-
-def generation_options(function: Callable[..., None]) -> Callable[..., None]:
-    """The sampler's options, handed over as one dict `options` that holds what the user set and nothing else.
-
-    Without them the checkpoint's generation_config.json decides, and where that is silent, the reference.
-    """
-    return gathered(function, "options", _GENERATION, _SPELLINGS)
-
-
-def run_options(model: "DiffusionGemma", options: dict[str, Any]) -> dict[str, Any]:
-    """The options as `model.prepare` takes them: stop tokens by name become ids.
-
-    Errors: ConfigError for a name that is no single token of this model, or that ends replies anyway.
-    """
-    options = dict(options)
-    extra = options.pop("extra_eos_token", ())
-    stop_ids = list(model.generation_config.stop_ids)
-    for name in extra:
-        ids = [known] if (known := model.tokenizer.id_of(name)) is not None else model.tokenizer.encode(name)
-        if len(ids) != 1:
-            raise ConfigError(f"--extra-eos-token {name!r} is {len(ids)} tokens of this model, expected one.")
-        if ids[0] in stop_ids:
-            raise ConfigError(f"--extra-eos-token {name!r} would do nothing: it ends a reply already.")
-        stop_ids += ids
-    return options | ({"stop_ids": tuple(stop_ids)} if extra else {})
-
-
-def gathered(
-    function: Callable[..., None], argument: str, table: dict[str, dict[str, Any]], also: dict[str, list[str]]
-) -> Callable[..., None]:
-    """Add the options of `table` to a command; their values arrive together in one dict. `also`: other spellings."""
-
-    @wraps(function)
-    def gather(*args: Any, **values: Any) -> None:
-        chosen = {name: values.pop(name) for name in table}
-        function(*args, **values, **{argument: {name: v for name, v in chosen.items() if v is not None and v != ()}})
-
-    for name, settings in reversed(table.items()):
-        spellings = dict.fromkeys(("--" + name.replace("_", "-"), *also.get(name, [])))
-        click.option(*spellings, name, cls=Option, **settings)(gather)
-    return gather

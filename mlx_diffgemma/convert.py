@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import Option, command
+from .cli import command
 from .config import RELEASED, ModelConfig
 from .disk import new_folder, user_path
 from .files.quantization import MODE_DEFAULTS, describe
+from .options import Option
 from .packing.recipes import DTYPES, Recipe, adhoc_recipe, load_recipe, recipe_names
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used
@@ -30,7 +31,7 @@ def print_plan(config: ModelConfig, recipe: Recipe, planned: "Sequence[Planned]"
 
     from .model.memory import memory_needed, smallest_macs
     from .packing.plan import Size, lay_out, sizes
-    from .pipeline.fitting import Sizes, smallest_streaming
+    from .pipeline.machine.fitting import Sizes, smallest_streaming
     from .terminal.console import console
 
     out, weight_files = console(), sum(shard.size for shard in lay_out(planned))
@@ -61,8 +62,8 @@ def print_plan(config: ModelConfig, recipe: Recipe, planned: "Sequence[Planned]"
 def _two_macs(config: ModelConfig, planned: "Sequence[Planned]", prefix: int) -> str:
     """The smallest Macs of which two hold the model together, as they come."""
     from .model.memory import memory_needed, smallest_macs
-    from .model.sharing import Share
-    from .pipeline.fitting import Sizes
+    from .model.sharing.share import Share
+    from .pipeline.machine.fitting import Sizes
 
     half = Share(0, 2)
     mac, _ = smallest_macs(memory_needed(half.own(config), Sizes.planned(config, planned, half).held(0), prefix))

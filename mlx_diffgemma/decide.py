@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import Option, command, model_options, open_model
+from .cli import command
 from .errors import PromptError
 from .obeying import read_text, text_of
+from .options import Option, model_options, open_model
 from .readers import parse_json
 
 if TYPE_CHECKING:

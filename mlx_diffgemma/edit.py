@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import Option, command, generation_options, model_options, open_model, run_options
+from .cli import command
 from .disk import existing_file, new_file, replacing
 from .obeying import read_text
+from .options import Option, generation_options, model_options, open_model, run_options
 
 if TYPE_CHECKING:
     from .pipeline.requests import Request
@@ -44,7 +45,7 @@ class Lines(click.ParamType):
 @generation_options
 def main(file: str, lines: tuple[int, int], prompt: str, start: Any, write: bool, quiet: bool, **rest: Any) -> None:
     """Write some lines of FILE anew and print the change as a diff; all other lines stay as they are."""
-    from .pipeline.drafts import check_lines
+    from .pipeline.obeying.drafts import check_lines
 
     if "template_options" in rest["options"]:
         raise click.UsageError("--template-options would do nothing: an edit writes its own prompt.")

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import Option, command, generation_options, model_options, open_model, run_options
+from .cli import command
 from .disk import new_file, replacing, user_path
 from .errors import ConfigError
+from .options import Option, generation_options, model_options, open_model, run_options
 
 if TYPE_CHECKING:
     from .pipeline.model import DiffusionGemma

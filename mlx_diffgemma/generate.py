@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import launched
-from .cli import BUDGET, Number, Option, command, generation_options, model_options, open_model, run_options
+from .cli import command
 from .disk import existing_file, new_file, reason
 from .errors import PromptError
 from .obeying import Obeying, obeying_options
+from .options import BUDGET, Number, Option, generation_options, model_options, open_model, run_options
 from .readers import decoded, parse_json, read_bytes
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class Reply:
     def _check_shown(self) -> None:
         """What can be known of pictures before a model is loaded. Errors: PromptError."""
         if self.shown.option:
-            from .text import sources
+            from .text.pictures import sources
 
             for source in (*self.images, *self.videos, *self.pdfs):
                 sources.check(source, folders=source in self.videos)
@@ -144,7 +145,7 @@ class Reply:
         return not self.quiet and self.form is None
 
     def give(self) -> None:
-        from .text.parts import seen
+        from .text.pictures.parts import seen
 
         asked = self._asked()
         recording = self._recording()  # before the model is loaded: it refuses bad names
@@ -263,7 +264,7 @@ class Demo:
         from .terminal.scenes import SCENES, what_it_knows
         from .terminal.sinks import Pace
         from .terminal.thumbnail import thumbnail
-        from .text.parts import taken_out
+        from .text.pictures.parts import taken_out
 
         model, screen = open_model(self.reply.source, quiet=True), console()
         live = screen.is_terminal and not screen.is_dumb_terminal
@@ -411,7 +412,7 @@ def conversation(prompt: str | None, messages: str | None, system_prompt: str | 
     """The chat messages that the options ask for; pictures are not opened yet. Errors: UsageError; PromptError,
     ConfigError for a file that cannot be read and a text that is none."""
     from .text.gate import PICTURES, check_messages, check_text
-    from .text.parts import bare, has_pictures, with_budget
+    from .text.pictures.parts import bare, has_pictures, with_budget
 
     if (prompt is None) == (messages is None):
         raise click.UsageError("give a prompt: TEXT, --prompt (text, @file or - for standard input) or --messages.")

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import gathered
 from .disk import existing_file
 from .errors import PromptError
+from .options import gathered
 from .readers import decoded, read_bytes
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ class Obeying:
 
     def check(self) -> None:
         """What can be checked without a model. Errors: ConfigError, PromptError."""
-        from .pipeline.constraints import Asked
-        from .pipeline.drafts import Draft
+        from .pipeline.obeying.constraints import Asked
+        from .pipeline.obeying.drafts import Draft
 
         texts = self._texts
         if self.fill is not None:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import command, model_options, open_model
+from .cli import command
 from .disk import existing_file
 from .errors import PromptError
+from .options import model_options, open_model
 from .readers import decoded, read_bytes
 from .text.gate import check_text
 

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import Option, command, model_options, open_model
+from .cli import command
 from .disk import reason
 from .errors import ConfigError, DiffGemmaError
+from .options import Option, model_options, open_model
 
 if TYPE_CHECKING:
     import uvicorn
 
     from .server.guard import Rules
     from .server.scheduler import Scheduler
-    from .text.sources import Access
+    from .text.pictures.sources import Access
 
 LEVELS = ("debug", "info", "warning", "error")
 PATIENCE = 5  # seconds that a stream has for its last words when the server stops
@@ -71,7 +72,7 @@ def main(source: dict[str, Any], host: str, port: int, log_level: str, **wanted:
     """Serve the model: OpenAI's API under /v1, and a page to watch it at /."""
     _check_installed()
     from .server.scheduler import Scheduler
-    from .text.sources import Access
+    from .text.pictures.sources import Access
 
     rules = _rules(host, wanted["api_key"], wanted["allowed_origins"])
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

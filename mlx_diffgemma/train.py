@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import Number, Option, command
+from .cli import command
 from .disk import existing_file, new_folder, reason, user_path
 from .errors import ConfigError, MemoryLimitError, TrainingError
 from .files.shipped import BUILT_IN
+from .options import Number, Option
 from .readers import read_toml
 from .values import Field, Table, either, flag, integer, many, nearest, number, text
 

@@ -129,9 +129,9 @@ def measured(pack: str, tunings: list[dict[str, Any]]) -> Seconds:
     from .files.weights import unpack_trunk, unpacked_growth
     from .model.memory import memory_needed, weight_bytes
     from .model.tuning import Tuning
-    from .pipeline.fitting import check_memory
     from .pipeline.loading import load
-    from .pipeline.measuring import by_turns
+    from .pipeline.machine.fitting import check_memory
+    from .pipeline.machine.measuring import by_turns
 
     wanted = [Tuning(**values) for values in tunings]
     unpack = wanted[0].trunk == "bf16"

@@ -1,5 +1,6 @@
 """What the tests share: figures worth reading after a run."""
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable
@@ -17,6 +18,12 @@ hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")
 
 _SUMMARY: list[str] = []
+
+
+def pytest_collection_finish() -> None:
+    """What was imported (torch, transformers) is never garbage: unfrozen, each look for some would walk all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

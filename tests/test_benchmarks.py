@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks import causal, common, generate, kernels, load, reach, readme, roofline, soak, step, streamed, vision
+from benchmarks import models as peers
 from benchmarks.models import generation_config, peer_model, reference_model
 from mlx_diffgemma.config import LayerConfig, ModelConfig
 from mlx_diffgemma.files import reading
@@ -320,7 +321,7 @@ def test_a_slow_reader_is_slow(folder: Path) -> None:
     target = np.empty((tensor.rows, tensor.shape[-1]), np.uint32)
     begun = time.perf_counter()
     streamed.Slow(reading.Files([tensor.file]), target.nbytes / 0.2).read(reading.whole(tensor), target)
-    assert 0.2 <= time.perf_counter() - begun < 2
+    assert 0.2 <= time.perf_counter() - begun < 20
 
 
 def test_soak_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -342,6 +343,14 @@ def test_soak_sees_growth() -> None:
     assert soak.grown(soak.compare([before] * 6, window=3), allowed=0) == []
 
 
+@pytest.fixture
+def short_canvas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The heads are the released ones: a canvas of 256 behind them takes a CPU seconds a step."""
+    whole = peers.config
+    monkeypatch.setattr(peers, "config", lambda *sizes: whole(*sizes) | {"canvas_length": 32})
+
+
+@pytest.mark.usefixtures("short_canvas")
 def test_a_step_of_all_three(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--hidden", "32", "--layers", "2", "--experts", "8", "--vocabulary", "512", "--prefix", "40"]
     step.main([*sizes, "--runs", "1", "--transformers", "--out", str(tmp_path / "step.json")])
@@ -371,6 +380,7 @@ def test_a_tower_beside_another(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert whole["seconds"]["ours"] == pytest.approx(first["ours"] + 26 * (second["ours"] - first["ours"]))
 
 
+@pytest.mark.usefixtures("short_canvas")
 def test_a_causal_token_is_the_one_that_mlx_lm_makes(tmp_path: Path) -> None:
     sizes = ["--hidden", "256", "--layers", "2", "--experts", "8", "--vocabulary", "512", "--prefix", "40", "1100"]
     causal.main([*sizes, "--runs", "1", "--out", str(tmp_path / "causal.json")])

@@ -15,7 +15,7 @@ from benchmarks.train_demo import grid_text
 from mlx_diffgemma.files.shipped import EYES
 from mlx_diffgemma.model.vision import Eyes
 from mlx_diffgemma.model.vision_config import VisionConfig
-from mlx_diffgemma.text.images import scaled
+from mlx_diffgemma.text.pictures.images import scaled
 
 TOWER = VisionConfig.from_dict(train_eyes.VISION)
 

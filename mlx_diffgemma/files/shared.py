@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from ..model.network import Network, leaves
-from ..model.sharing import Share, Spans
+from ..model.sharing.share import Share, Spans
 from .checkpoint import Checkpoint
 from .layout import is_vision
 from .reading import Files, Rows, Run, empty, joined, raw, whole

@@ -17,6 +17,7 @@ Source: transformers DiffusionGemmaGenerationMixin.generate.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -120,7 +121,7 @@ class _Run(Run):
     def __init__(self, length: int, guides: Guides, *args: Any):
         super().__init__(*args)
         self.length, self.guides = length, guides
-        self.at_work = list(range(len(self.rows)))  # numbers of the rows that the batch still holds
+        self.at_work = list(range(len(self.rows)))  # numbers of the rows that the batch still holds, as the prefix does
 
     def events(self, canvases: int, pauses: Sequence[int]) -> Iterator[Event]:
         yield from self.timed("prefill", self.prefill(pauses))  # 1
@@ -134,21 +135,36 @@ class _Run(Run):
                 best = event.best
                 self.steps += 1
                 yield event
+            self._follow(canvas)
             yield self._commit(index, best, trace, canvas, last=index == canvases - 1)  # 8
             if all(row.reason for row in self.rows):
                 break
             with self.clock("commit"):
                 self._let_go()
                 if not self.settings.scored:
-                    self.encode(best[mx.array(self.at_work)] if len(self.at_work) < len(self.rows) else best)
+                    self.encode(best if self._whole else best[mx.array(self.at_work)])
         yield self.finish()
 
     def _canvas(self, index: int, budget: int) -> "_Canvas":
         """The next canvas of the rows at work; `budget` are the tokens that this and later ones can hold."""
-        noise = self.noise if len(self.at_work) == len(self.rows) else SomeRows(self.noise, self.at_work)
+        noise = self.noise if self._whole else SomeRows(self.noise, self.at_work)
         guides = self.guides.of_canvas([0 if row.reason else min(row.left, budget) for row in self.rows])
         chosen = [guides[number] for number in self.at_work]
         return _Canvas(self.network, self.cache, self.settings, noise, index, self.reader, chosen)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether the batch holds all rows, in order."""
+        return self.at_work == list(range(len(self.rows)))
+
+    def _follow(self, canvas: "_Canvas") -> None:
+        """The canvas may have put its rows in another order; what it knows of them comes in that order now."""
+        if canvas.places != list(range(len(self.at_work))):
+            order = mx.array(canvas.places)
+            self.at_work = [self.at_work[row] for row in canvas.places]
+            self.last = None if self.last is None else self.last[order]
+            canvas.log_probabilities = [canvas.log_probabilities[row] for row in canvas.places]
+            canvas.best_logprob = canvas.best_logprob[order]
 
     def _let_go(self) -> None:
         """Rows that have finished leave the batch: they cost nothing any more."""
@@ -161,14 +177,9 @@ class _Run(Run):
 
     def _of_all_rows(self, event: Denoised) -> Denoised:
         """An event of the rows at work as one of all rows; those that have left show padding."""
-        if len(self.at_work) == len(self.rows):
+        if self._whole:
             return event
-        rows = mx.array(self.at_work)
-
-        def among(rest: mx.array, some: mx.array) -> mx.array:
-            whole = mx.array(rest)
-            whole[rows] = some
-            return whole
+        among = partial(_among, self.at_work)
 
         def told(rest: Any, some: Sequence[Any]) -> tuple[Any, ...]:
             found = dict(zip(self.at_work, some, strict=False))
@@ -236,7 +247,7 @@ class _Run(Run):
 
 class _Canvas:
     """One canvas of the rows at work while it denoises, until every row is settled. A settled row keeps its canvas and
-    its best tokens while the others go on."""
+    its best tokens while the others go on, and costs nothing: those stand first in the prefix."""
 
     def __init__(
         self,
@@ -251,38 +262,42 @@ class _Canvas:
         self.network, self.cache, self.settings, self.noise, self.index = network, cache, settings, noise, index
         self.reader, self.guides = reader, guides
         self.log_probabilities: list[float | None] = [None] * len(guides)  # under a constraint, once a row is over
+        self.places = list(range(len(guides)))  # the rows as the prefix holds them; those that go on stand first
+        self.going = len(guides)  # how many go on
         self.canvas = noise.canvas(index)  # [B, L]
-        self.signal: mx.array | None = None  # [B, L, H]; None is the zero signal of step 0
+        self.signal: mx.array | None = None  # [going, L, H], in their places; None is the zero signal of step 0
         self.best = self.canvas
         self.entropy = mx.zeros(self.canvas.shape)
         self.best_logprob = mx.zeros(self.canvas.shape)  # of the best tokens, by the step's own distribution
         self.earlier: list[mx.array] = []  # best tokens of the steps before
         self.done = mx.zeros(len(guides), mx.bool_)  # [B]
         self.early = mx.zeros_like(self.done)  # [B]: done by settings.stable_answer alone
+        self.pinned: mx.array | None = None  # [B, L], under a constraint
         self.unsure_count = self.canvas.size  # positions that the step before was not sure of
 
     def steps(self) -> Iterator[Denoised]:
         settings, tuning, table = self.settings, self.network.tuning, self.network.decoder.embed_tokens
         for step in range(settings.max_denoising_steps):
+            rows = self._rows()
             shaping = self._shaping(step)
-            hidden = self.network.denoise(self.canvas, self.cache, self.signal)  # 3: [B, L, H]
+            hidden = self.network.denoise(self._of(rows, self.canvas), self.cache, self.signal)  # 3: [going, L, H]
             dense = self._signal_is_dense(step)
             sums = conditioned.walk(  # 4
                 hidden,
                 table,
                 shaping,
-                self.guides,
+                [self.guides[row] for row in self.places[: self.going]],
                 with_signal=dense,
                 free_signal=settings.free_signal,
                 tuning=tuning,
             )
-            reading = sums.read(*self._draws(step))
+            reading = self._whole(rows, sums.read(*self._draws(rows, step)))
             accepted = sampler.accept(reading.entropy, settings.entropy_bound)  # 5
             self._advance(reading, accepted, step)  # 6, 7
             unsure = vocabulary.soft_rows(reading, table) & ~self.done[:, None]
             lazy = [self.canvas, self.best, self.entropy, accepted, unsure, *([reading.signal] if dense else [])]
             mx.async_eval(*lazy)
-            event = self._event(step, float(shaping.temperature), reading.guess, accepted, sums.pinned)
+            event = self._event(step, float(shaping.temperature), reading.guess, accepted, self._pinned(rows, sums))
             self._note(sums, event)
             yield event
             if all(event.settled):
@@ -290,14 +305,54 @@ class _Canvas:
             where = np.array(unsure)
             self.unsure_count, self.signal = int(where.sum()), reading.signal
             if self.signal is None:
-                self.signal = sums.sparse_signal(where, tuning=tuning)
+                self.signal = sums.sparse_signal(where[self.places[: self.going]], tuning=tuning)
+            self._part(event.settled)
 
-    def _draws(self, step: int) -> tuple[mx.array | None, mx.array | None]:
+    def _part(self, settled: Sequence[bool]) -> None:
+        """Settled rows give up their places to those behind them that go on."""
+        before = self.places[: self.going]
+        going, over = ([row for row in before if settled[row] is told] for told in (False, True))
+        if not over:
+            return
+        assert self.signal is not None
+        self.signal = self.signal[mx.array([before.index(row) for row in going])]
+        if going != before[: len(going)]:
+            self.cache.keep([*map(self.places.index, going + over), *range(self.going, len(self.places))])
+        self.places[: self.going], self.going = going + over, len(going)
+
+    def _rows(self) -> list[int] | None:
+        """The rows that go on, in their places; None: all, in order."""
+        rows = self.places[: self.going]
+        return None if rows == list(range(len(self.guides))) else rows
+
+    def _of(self, rows: list[int] | None, x: mx.array) -> mx.array:
+        return x if rows is None else x[mx.array(rows)]
+
+    def _whole(self, rows: list[int] | None, reading: vocabulary.Reading) -> vocabulary.Reading:
+        """What was read of some rows, among what the others were left with."""
+        if rows is None:
+            return reading
+        return replace(
+            reading,
+            best=_among(rows, self.best, reading.best),
+            guess=_among(rows, self.best, reading.guess),
+            entropy=_among(rows, self.entropy, reading.entropy),
+            tail=_among(rows, mx.zeros_like(self.entropy), reading.tail),
+        )
+
+    def _pinned(self, rows: list[int] | None, sums: RowSums) -> mx.array | None:
+        if (found := sums.pinned) is not None:
+            before = mx.zeros(self.canvas.shape, mx.bool_) if self.pinned is None else self.pinned
+            self.pinned = found if rows is None else _among(rows, before, found)
+        return self.pinned
+
+    def _draws(self, rows: list[int] | None, step: int) -> tuple[mx.array | None, mx.array | None]:
         """The numbers that the guess is drawn at: none if it is not drawn, and a path only under a constraint."""
         if self.settings.greedy:
             return None, None
-        path = self.noise.path(self.index, step) if any(self.guides) else None
-        return self.noise.draws(self.index, step), path
+        noise = self.noise if rows is None else SomeRows(self.noise, rows)
+        path = noise.path(self.index, step) if any(self.guides) else None
+        return noise.draws(self.index, step), path
 
     def _note(self, sums: RowSums, event: Denoised) -> None:
         """How probable the constraints were, of rows that are over with this step."""
@@ -310,23 +365,25 @@ class _Canvas:
         if over:
             found = sums.log_probabilities()
             for row in over:
-                self.log_probabilities[row] = found[row]
+                self.log_probabilities[row] = found[self.places.index(row)]
 
     def _shaping(self, step: int) -> vocabulary.Shaping:
         """How this step turns the head's scores into logits."""
-        settings, canvas = self.settings, self.canvas
+        settings, length = self.settings, self.canvas.shape[1]
         t_min, t_max = settings.schedule
         return vocabulary.Shaping(
             cap=self.network.config.final_logit_softcapping,
             temperature=sampler.temperature(step, settings.max_denoising_steps, t_min=t_min, t_max=t_max),
             forbidden=settings.stop_ids if settings.avoid_empty and self.index == 0 else (),
-            positions=mx.arange(canvas.size) % canvas.shape[1] == 0,  # position 0 of every row
+            positions=mx.arange(self.going * length) % length == 0,  # position 0 of every row
         )
 
     def _signal_is_dense(self, step: int) -> bool:
         """Whether the walk makes the whole signal; else it is made afterwards for the unsure positions alone."""
         last = step + 1 == self.settings.max_denoising_steps
-        return not last and (not self.settings.sparse_signal or self.unsure_count > self.canvas.size // 2)
+        return not last and (
+            not self.settings.sparse_signal or self.unsure_count > self.going * self.canvas.shape[1] // 2
+        )
 
     def _advance(self, reading: vocabulary.Reading, accepted: mx.array, step: int) -> None:
         """The next canvas, and which rows are settled with it."""
@@ -383,6 +440,13 @@ class _Canvas:
             decode=self.reader.decode,
             pinned=pinned,
         )
+
+
+def _among(rows: list[int], rest: mx.array, some: mx.array) -> mx.array:
+    """[B, …] with the values of `some` in these rows."""
+    whole = mx.array(rest)
+    whole[mx.array(rows)] = some
+    return whole
 
 
 class SomeRows:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 import numpy as np
 
-from ..model.sharing import Share
+from ..model.sharing.share import Share
 from ..model.table import Runs, Table, block_scores, mix, scaled, scores, shaped, unpacked_dtype
 from ..model.tuning import DEFAULT, Tuning
 

@@ -41,7 +41,8 @@ class FullLayer:
         return seen
 
     def look(self, keys: mx.array, values: mx.array) -> KeysValues:
-        """The prefix followed by a canvas's keys and values; the prefix stays as it is."""
+        """The prefix of the first b rows, followed by their canvases' keys and values [b, heads, T, D]; nothing of
+        those lasts."""
         if not self.write_in_place:
             return _joined(self.held, keys, values)
         return self._write(keys, values)
@@ -100,8 +101,8 @@ class _Buffer:
 
     def write(self, start: int, keys: mx.array, values: mx.array) -> KeysValues:
         self.arrays = tuple(_written(old, start, new) for old, new in zip(self.arrays, (keys, values), strict=True))
-        end = start + keys.shape[2]
-        return self.arrays[0][:, :, :end], self.arrays[1][:, :, :end]
+        rows, end = slice(len(keys)), start + keys.shape[2]
+        return self.arrays[0][rows, :, :end], self.arrays[1][rows, :, :end]
 
     def of(self, layer: FullLayer, rows: mx.array) -> "_Buffer":
         """A buffer of its own for `layer`, with some rows."""
@@ -155,7 +156,8 @@ class SlidingLayer:
         return keys, values
 
     def look(self, keys: mx.array, values: mx.array) -> KeysValues:
-        """What is kept, followed by a canvas's keys and values; what is kept stays as it is."""
+        """What is kept of the first b rows, followed by their canvases' keys and values [b, heads, T, D]; nothing of
+        those lasts."""
         if not self.write_in_place:
             return _joined(self.held, keys, values)
         return self._write(keys, values)
@@ -190,8 +192,8 @@ class SlidingLayer:
             self._start, self._end = 0, self.length
             self._arrays = tuple(_roomier(old, capacity, like) for old, like in zip(held, new, strict=True))
         self._arrays = tuple(_written(old, self._end, part) for old, part in zip(self._arrays, new, strict=True))
-        seen = slice(self._start, self._end + count)
-        return self._arrays[0][:, :, seen], self._arrays[1][:, :, seen]
+        rows, seen = slice(len(keys)), slice(self._start, self._end + count)
+        return self._arrays[0][rows, :, seen], self._arrays[1][rows, :, seen]
 
 
 LayerCache = FullLayer | SlidingLayer
@@ -202,28 +204,30 @@ def _rounded(length: int) -> int:
 
 
 def _written(old: mx.array, start: int, new: mx.array) -> mx.array:
-    """`old` with `new` at positions `start` …; MLX writes in place where nobody else holds the array.
+    """`old` with `new` at positions `start` … of the first rows; MLX writes in place where nobody else holds the array.
 
     A new object, because assigning to a slice changes an mx.array for all who hold it, a fork included.
     """
     changed = copy(old)
-    changed[:, :, start : start + new.shape[2]] = new
+    changed[: len(new), :, start : start + new.shape[2]] = new
     return changed
 
 
 def _joined(held: KeysValues | None, keys: mx.array, values: mx.array) -> KeysValues:
-    """A copy: what is held, then `keys` and `values`."""
+    """A copy: what is held by the first rows, then their `keys` and `values`."""
     if held is None:
         return keys, values
-    return mx.concatenate([held[0], keys], axis=2), mx.concatenate([held[1], values], axis=2)
+    rows = len(keys)
+    return mx.concatenate([held[0][:rows], keys], axis=2), mx.concatenate([held[1][:rows], values], axis=2)
 
 
 def _roomier(held: mx.array | None, capacity: int, like: mx.array) -> mx.array:
     """A buffer of `capacity` positions that begins with what is held."""
-    batch, heads, _, dim = like.shape
     if held is None:
+        batch, heads, _, dim = like.shape
         return mx.zeros((batch, heads, capacity, dim), like.dtype)
-    free = mx.zeros((batch, heads, capacity - held.shape[2], dim), held.dtype)
+    batch, heads, length, dim = held.shape
+    free = mx.zeros((batch, heads, capacity - length, dim), held.dtype)
     return mx.concatenate([held, free], axis=2)
 
 

@@ -138,7 +138,8 @@ class Network(nn.Module):
 
     def denoise(self, canvas: mx.array, cache: PrefixCache, signal: mx.array | None) -> mx.array:
         """One look at the canvas ids [B, L] behind the prefix, given the signal [B, L, H] of the step before
-        (None: the zero signal of step 0). Returns hidden states [B, L, H] after the last norm."""
+        (None: the zero signal of step 0). Returns hidden states [B, L, H] after the last norm. A canvas of fewer rows
+        than the prefix looks at its first ones."""
         with self.tuning.share.announced("denoise", cache, canvas=canvas, signal=signal) as done:
             x = self.decoder.self_conditioning.condition(self.embed(canvas), signal, self.tuning)
             x = self._look(x, cache)
@@ -148,8 +149,10 @@ class Network(nn.Module):
     def _look(self, x: mx.array, cache: PrefixCache) -> mx.array:
         scalars = [layer.layer_scalar for layer in self.decoder.layers]
 
+        padding = None if cache.padding is None else cache.padding[: len(x)]
+
         def mask(layer: LayerCache) -> masks.Mask:
-            return masks.bidirectional(x.shape[1], visible=layer.length, position=cache.length, padding=cache.padding)
+            return masks.bidirectional(x.shape[1], visible=layer.length, position=cache.length, padding=padding)
 
         return self._layers(x, scalars, cache, mask, lambda layer: layer.look)
 

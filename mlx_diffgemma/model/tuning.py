@@ -5,7 +5,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from .sharing import ALONE, Share
+from .sharing.share import ALONE, Share
 
 Trunk = Literal["auto", "packed", "bf16"]
 CPU_TILE, GPU_TILE = 8_192, 32_768

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from ..generation.events import Event, Finished, Prefilled
 from ..model.cache import PrefixCache
 from ..model.network import Network
-from ..text import parts
 from ..text.gate import Message, check_text
+from ..text.pictures import parts
 from .results import Result
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from ..generation.noise import SeededNoise
 from ..model.memory import weight_bytes
 from ..text.gate import check_text
 from ..values import flag, integer, nearest, optional
-from .fitting import check_memory
+from .machine.fitting import check_memory
 
 if TYPE_CHECKING:
     from .model import DiffusionGemma

@@ -8,9 +8,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..generation import vocabulary
-from ..model.group import Meeting, Member
 from ..model.network import Network
-from ..model.ranks import REST, Counterparts, Follower, Told, join
+from ..model.sharing.group import Meeting, Member
+from ..model.sharing.ranks import REST, Counterparts, Follower, Told, join
 from .loading import load
 from .model import DiffusionGemma
 

@@ -20,11 +20,11 @@ from ..model import threads, wiring
 from ..model.expert_linear import QuantizedExpertLinear
 from ..model.memory import machine_limit, memory_needed, weight_bytes
 from ..model.network import Network
-from ..model.sharing import ALONE, Share, check_divides
+from ..model.sharing.share import ALONE, Share, check_divides
 from ..model.tuning import DEFAULT, Trunk, Tuning
 from ..text.tokenizer import Tokenizer
 from ..values import integer, optional
-from .fitting import Sizes, streamed_layers
+from .machine.fitting import Sizes, streamed_layers
 from .model import DiffusionGemma
 from .sight import built_in_sight, own_sight
 
@@ -54,8 +54,8 @@ def load(
     `memory_limit` in bytes is this process's budget, instead of what the machine has. Of a model that does not fit, the
     experts of as many layers as must be are read from the disk in every pass (`notices` says so); `stream_experts` says
     of how many layers, 0 of none. `ignore_keys` are unknown keys of config.json that you know are harmless. What the
-    checkpoint says that does nothing here is in `notices`. With a `share` from model/ranks.join several machines hold
-    the model together; all but the first then `follow` (pipeline/following).
+    checkpoint says that does nothing here is in `notices`. With a `share` from model/sharing (`ranks.join`) several
+    machines hold the model together; all but the first then `follow` (pipeline/following).
     On Metal the weights and a prefix are wired while the model lives (mx.set_wired_limit).
     Sets MLX's cache of freed buffers, for the whole process, to at most 1 GiB (mx.set_cache_limit).
     Errors: CheckpointError, ConfigError, MemoryLimitError.

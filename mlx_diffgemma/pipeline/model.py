@@ -17,19 +17,20 @@ from ..generation.settings import GenerationConfig, GenerationOptions
 from ..model import threads
 from ..model.memory import machine_limit
 from ..model.network import Network
-from ..text import parts
 from ..text.gate import check_text
 from ..text.language.automaton import Language
 from ..text.language.texts import MARK, Hole
-from ..text.sources import ANYWHERE, Access
+from ..text.pictures import parts
+from ..text.pictures.sources import ANYWHERE, Access
 from ..text.tokenizer import Tokenizer
 from ..values import integer, many, optional, shown
-from . import deciding, filling
+from . import deciding
 from .chat import Chat
-from .constraints import Asked, Compiler
 from .deciding import Decision
-from .filling import Start
-from .pace import Pace
+from .machine.pace import Pace
+from .obeying import filling
+from .obeying.constraints import Asked, Compiler
+from .obeying.filling import Start
 from .prompts import Prompt, PromptIds, PromptReader, is_ids
 from .requests import Randomness, Request
 from .results import Result

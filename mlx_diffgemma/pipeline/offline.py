@@ -19,7 +19,7 @@ from ..disk import lock, replacing
 from ..errors import ConfigError, DiffGemmaError, MemoryLimitError, PromptError, TokenizerError
 from ..generation import engine
 from ..readers import decoded, parse_json, read_bytes
-from ..text.parts import with_budget
+from ..text.pictures.parts import with_budget
 from ..values import Field, Table, anything, either, integer, many, mapping
 from .model import DiffusionGemma
 from .prompts import Prompt, PromptIds

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..config import PictureMask
 from ..errors import PromptError, TokenizerError
-from ..text import parts
 from ..text.gate import PICTURES, Message, check_messages, check_text, check_tools
-from ..text.images import Picture
+from ..text.pictures import parts
+from ..text.pictures.images import Picture
 from ..text.placing import IMAGE, VIDEO, labels
 from ..text.tokenizer import Tokenizer
 from ..values import flag, optional, shown

@@ -19,13 +19,13 @@ from ..model.cache import PrefixCache
 from ..model.memory import weight_bytes
 from ..model.network import Network
 from ..model.table import unpacked_dtype
-from ..text.images import Seen
+from ..text.pictures.images import Seen
 from ..values import integer, many, optional, shown
-from . import filling
 from .choosing import choose
-from .constraints import Asked, Compiled, timed
-from .drafts import Draft
-from .fitting import check_memory
+from .machine.fitting import check_memory
+from .obeying import filling
+from .obeying.constraints import Asked, Compiled, timed
+from .obeying.drafts import Draft
 from .prompts import PromptIds
 from .results import Answers, Result
 

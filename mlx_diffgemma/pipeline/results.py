@@ -8,11 +8,11 @@ import mlx.core as mx
 
 from ..generation.drawing import Decode, text_html
 from ..generation.events import CanvasRow, Committed, Denoised, Event, Finished, Statistics
-from ..text.images import Seen
-from ..text.tokenizer import Tokenizer
-from .constraints import Compiled, Obeyed, obeyed
-from .drafts import Draft
-from .pace import Pace
+from ..text.pictures.images import Seen
+from ..text.tokenizer import Growing, Tokenizer
+from .machine.pace import Pace
+from .obeying.constraints import Compiled, Obeyed, obeyed
+from .obeying.drafts import Draft
 from .prompts import Placed
 
 
@@ -111,22 +111,23 @@ class _Answer:
         self.open_channel = tokenizer is not None and tokenizer.opens_channel(prompt)
         self.tokens: list[int] = []
         self.shown = ("", "")
+        self._growing = None if tokenizer is None else Growing(tokenizer.decode)
 
     def read(self, ids: tuple[int, ...], *, last: bool) -> tuple[str, str]:
         """The text and the thoughts that became visible. Half a UTF-8 character waits for its rest, and so does what
         it spoils: a run of bytes is one or none. What is shown is never taken back."""
         self.tokens += ids
-        text, thinking, _ = self.parts()
+        text, thinking, _ = self.parts(growing=None if last else self._growing)
         now = (text, thinking or "") if last else (text.rstrip("\ufffd"), (thinking or "").rstrip("\ufffd"))
         shown = self.shown
         self.shown = (_grown(shown[0], now[0], last=last), _grown(shown[1], now[1], last=last))
         return self.shown[0][len(shown[0]) :], self.shown[1][len(shown[1]) :]
 
-    def parts(self) -> tuple[str, str | None, list[dict[str, Any]]]:
+    def parts(self, growing: Growing | None = None) -> tuple[str, str | None, list[dict[str, Any]]]:
         """Text, thinking, tool calls."""
         if self.tokenizer is None:
             return "", None, []
-        parts = self.tokenizer.split(self.tokens, open_channel=self.open_channel)
+        parts = self.tokenizer.split(self.tokens, open_channel=self.open_channel, growing=growing)
         return parts.text, parts.thinking, parts.tool_calls
 
 

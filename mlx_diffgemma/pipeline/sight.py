@@ -20,7 +20,7 @@ from ..model.network import Network
 from ..model.vision import Eyes
 from ..model.vision_config import VisionConfig
 from ..readers import read_json
-from ..text.images import Picture, PictureConfig
+from ..text.pictures.images import Picture, PictureConfig
 from ..text.placing import Frame
 from ..text.tokenizer import Tokenizer
 

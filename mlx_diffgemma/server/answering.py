@@ -17,9 +17,9 @@ from ..generation.settings import GenerationOptions
 from ..generation.vocabulary import Scores
 from ..model.cache import PrefixCache
 from ..model.memory import STEP, memory_needed, weight_bytes
-from ..pipeline.constraints import Asked
-from ..pipeline.drafts import Draft
 from ..pipeline.model import DiffusionGemma
+from ..pipeline.obeying.constraints import Asked
+from ..pipeline.obeying.drafts import Draft
 from ..pipeline.prompts import PromptIds
 from ..pipeline.requests import Request
 from ..pipeline.results import Result
@@ -43,8 +43,8 @@ from .exchange import (
     Said,
 )
 from .prefixes import Key, Prefixes
+from .protocols.typed import typed_call
 from .strictly import Strict
-from .typed import typed_call
 
 T = TypeVar("T")
 TURN = 32  # tokens of autoregressive decoding that count as one canvas: nobody waits longer for them

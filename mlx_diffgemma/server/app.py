@@ -19,10 +19,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..readers import parse_json
-from ..text.sources import Access
-from . import anthropic, decisions, fim, ollama, openai, pictures, responses
+from ..text.pictures.sources import Access
+from . import pictures
 from .exchange import Accepted, Decisions, Drafted, Ended, Failed, Full, News, Order, Refused, Served
 from .guard import Guard, Rules
+from .protocols import anthropic, decisions, fim, ollama, openai, responses
 from .scheduler import Scheduler
 
 LARGEST = 32_000_000  # bytes of a request

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from ..errors import DiffGemmaError
 from ..generation.settings import GenerationOptions
-from ..text.images import PictureConfig, Seen
 from ..text.language.texts import MARK, Hole
+from ..text.pictures.images import PictureConfig, Seen
 
 
 @dataclass(frozen=True, kw_only=True)

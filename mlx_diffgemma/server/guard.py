@@ -11,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .openai import fault
+from .protocols.openai import fault
 
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 OPEN = frozenset(("/", "/page.css", "/page.js", "/health"))  # needs no key

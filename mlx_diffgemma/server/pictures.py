@@ -4,8 +4,8 @@ from dataclasses import replace
 from typing import TypeGuard
 
 from ..errors import PromptError
-from ..text import parts
-from ..text.sources import Access
+from ..text.pictures import parts
+from ..text.pictures.sources import Access
 from .exchange import Conversation, Decisions, Order, Refused, Served
 
 HERE = Access(files=False, urls=False)  # a request brings its pictures along: no file is opened for it, no URL fetched

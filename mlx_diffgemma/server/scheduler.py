@@ -19,7 +19,7 @@ import mlx.core as mx
 from ..errors import DiffGemmaError, PeerError
 from ..model import threads
 from ..pipeline.model import DiffusionGemma
-from ..text.images import PictureConfig
+from ..text.pictures.images import PictureConfig
 from .answering import Answering, Beat, TooLong, free_bytes
 from .deciding import Deciding
 from .exchange import Decisions, Ended, Failed, Full, News, Order, Served

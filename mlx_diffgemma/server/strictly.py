@@ -10,7 +10,7 @@ from ..text.channels import END_TOOL_CALL, QUOTE, TOOL_CALL, parse_calls
 from ..text.language.automaton import Automaton, Language
 from ..text.language.values import tool_call
 from ..text.tokenizer import Tokenizer
-from .typed import typed_call
+from .protocols.typed import typed_call
 
 KEPT = 64  # languages, the latest
 

@@ -7,7 +7,7 @@ from rich.color import Color
 from rich.style import Style
 from rich.text import Text
 
-from ..text.images import Picture
+from ..text.pictures.images import Picture
 
 COLUMNS = 44
 

@@ -50,6 +50,8 @@ class Markers:
         end it; another marker ends a call that was not closed."""
         kinds = {self.channel: CHANNEL, self.tool_call: TOOL_CALL}
         closing = {self.end_channel, self.end_tool_call} - {None}
+        if {*kinds, *closing}.isdisjoint(ids):
+            return [(OPEN if open_channel else "", list(ids))] if ids else []
         spans: list[tuple[str, list[int]]] = [(OPEN if open_channel else "", [])]
         place = 0
         while place < len(ids):

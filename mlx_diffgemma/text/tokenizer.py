@@ -1,6 +1,6 @@
 """A checkpoint's tokenizer: text ↔ ids, conversations as the model reads them, answers taken apart."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -192,23 +192,25 @@ class Tokenizer:
 
     # -------------------------------------------------------------------------------------------------------- answers
 
-    def split(self, ids: Sequence[int], *, open_channel: bool = False) -> Parts:
+    def split(self, ids: Sequence[int], *, open_channel: bool = False, growing: "Growing | None" = None) -> Parts:
         """Take an answer apart: `<|channel>thought … <channel|>` is thinking, `<|tool_call>…` a tool call, the
-        rest text. `open_channel`: the prompt ended inside a thought, whose header it has written already."""
+        rest text. `open_channel`: the prompt ended inside a thought, whose header it has written already. `growing`
+        remembers an answer's texts from call to call."""
         texts: list[str] = []
         thoughts: list[str] = []
         calls: list[dict[str, Any]] = []
-        for kind, part in self.markers.spans(ids, open_channel=open_channel):
+        growing = growing or Growing(self.decode)
+        for number, (kind, part) in enumerate(self.markers.spans(ids, open_channel=open_channel)):
             if kind == OPEN:
-                thoughts.append(self.decode(part))
+                thoughts.append(growing.text(number, part))
             elif kind == CHANNEL:
-                header, newline, body = self.decode(part).partition("\n")
+                header, newline, body = growing.text(number, part).partition("\n")
                 is_thought = header.strip() in ("thought", "") or not newline
                 (thoughts if is_thought else texts).append(body)
             elif kind == TOOL_CALL:
                 calls += parse_calls(self.call_text(part))
             else:
-                texts.append(self.decode(part))
+                texts.append(growing.text(number, part))
         thinking = "".join(thoughts).strip()
         return Parts(text="".join(texts), thinking=thinking or None, tool_calls=calls)
 
@@ -226,3 +228,28 @@ class Tokenizer:
             if quoted or i == self.markers.quote or i not in self.special_ids:
                 kept.append(i)
         return self.vocabulary.decode(kept)
+
+
+class Growing:
+    """Texts of ids that are asked for again and again, longer each time: their beginnings are decoded once.
+
+    A token says more behind the one before it than alone (a space, the rest of a character), so what is new is decoded
+    together with the last known token, which is a text by itself.
+    """
+
+    NEW = 64  # tokens at least between two beginnings
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]):
+        self._decode = decode
+        self._known: dict[int, tuple[list[int], str, str]] = {}  # beginnings, their texts, and their last tokens'
+
+    def text(self, number: int, ids: list[int]) -> str:
+        """The text of the `number`-th list of ids."""
+        known, text, last = self._known.get(number, ([], "", ""))
+        if not known or ids[: len(known)] != known:
+            known, text = [], self._decode(ids)
+        else:
+            text += self._decode(ids[len(known) - 1 :])[len(last) :]
+        if len(ids) >= len(known) + self.NEW and "\ufffd" not in (last := self._decode(ids[-1:])):
+            self._known[number] = (ids, text, last)
+        return text

@@ -12,8 +12,8 @@ from mlx_diffgemma import bench
 from mlx_diffgemma.model.network import leaves
 from mlx_diffgemma.model.vision import Eyes
 from mlx_diffgemma.model.vision_config import VisionConfig
-from mlx_diffgemma.pipeline.measuring import looking
-from mlx_diffgemma.text.images import BUDGETS
+from mlx_diffgemma.pipeline.machine.measuring import looking
+from mlx_diffgemma.text.pictures.images import BUDGETS
 from tests import small
 from tests.model.eyes import vision_config
 
@@ -68,6 +68,6 @@ def test_budgets_are_the_five() -> None:
 
 def test_memory_grows_with_the_budget_within_what_is_estimated() -> None:
     eyes = Eyes(VisionConfig.from_dict(vision_config(hidden_size=256, intermediate_size=900, head_dim=64)), 64)
-    found = [looking(eyes, budget, 1) for budget in (70, 280)]
+    found = [looking(eyes, budget, 1) for budget in (70, 140)]
     assert found[0]["looking_bytes"] < found[1]["looking_bytes"]
     assert all(each["looking_bytes"] <= each["estimated_bytes"] for each in found), found

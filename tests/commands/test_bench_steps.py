@@ -7,8 +7,8 @@ import pytest
 
 from mlx_diffgemma import bench, load
 from mlx_diffgemma.model.tuning import Tuning
-from mlx_diffgemma.pipeline.measuring import PARTS, anatomy
-from mlx_diffgemma.pipeline.speeds import speeds
+from mlx_diffgemma.pipeline.machine.measuring import PARTS, anatomy
+from mlx_diffgemma.pipeline.machine.speeds import speeds
 from tests import small
 
 KEYS = {"first", "twentieth", "typical", "after_a_pause"}

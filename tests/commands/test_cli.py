@@ -16,7 +16,8 @@ from mlx_diffgemma import __version__
 from mlx_diffgemma.cli import COMMANDS, main
 from mlx_diffgemma.files import checkpoint
 from mlx_diffgemma.model import memory
-from mlx_diffgemma.pipeline import fitting, loading
+from mlx_diffgemma.pipeline import loading
+from mlx_diffgemma.pipeline.machine import fitting
 from tests import small
 
 

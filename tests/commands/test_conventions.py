@@ -1,6 +1,7 @@
 """What hands know from mlx_lm: the same spellings, help that fits a screen, and refusals of what would do nothing."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -92,6 +93,15 @@ def test_an_extra_stop_token_ends_the_reply(model: str) -> None:
         assert result.exit_code == 1 and message in result.stderr
 
 
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    """The kernels of a compiled step would take a CPU's compiler a minute."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_train_with_the_names_of_mlx_lm_then_fuse(model: str, tmp_path: Path) -> None:
     for name in ("train", "valid"):
         (tmp_path / f"{name}.jsonl").write_text('{"prompt": "1", "completion": "2"}\n' * 2)

@@ -106,6 +106,15 @@ def test_log_likelihoods_are_the_causal_passes(model: DiffusionGemma) -> None:
 
 
 def test_what_cannot_be_evaluated_is_refused(tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval import tasks as lm_tasks
+
+    own, manager = Path(lm_tasks.__file__).parent, lm_tasks.TaskManager
+
+    def of_one_folder(*, include_path: str | None, include_defaults: bool) -> Any:
+        assert include_defaults and include_path is None  # of all tasks lm-eval has: looking through them takes seconds
+        return manager(include_path=str(own / "hellaswag"), include_defaults=False)
+
+    monkeypatch.setattr(lm_tasks, "TaskManager", of_one_folder)
     assert "there is no folder" in evaluate("--tasks", "x", "--output-dir", str(tmp_path / "absent")).stderr
     unknown = evaluate("--tasks", "no_such_task", "--output-dir", str(tmp_path))
     assert unknown.exit_code == 1 and "lm-eval knows no task 'no_such_task'" in unknown.stderr

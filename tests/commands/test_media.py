@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlx_diffgemma import load
-from mlx_diffgemma.text import pages
+from mlx_diffgemma.text.pictures import pages
 from tests import seeing
 from tests.commands.test_pictures import run, told
 from tests.seeing import picture

@@ -13,7 +13,7 @@ from mlx_diffgemma.errors import ConfigError
 from mlx_diffgemma.files import tuned
 from mlx_diffgemma.files.shipped import BUILT_IN
 from mlx_diffgemma.model.tuning import DEFAULT, Tuning
-from mlx_diffgemma.pipeline.measuring import Step
+from mlx_diffgemma.pipeline.machine.measuring import Step
 from tests import small
 
 Patch = pytest.MonkeyPatch

@@ -296,9 +296,9 @@ def test_what_does_nothing_is_said_and_does_nothing(values: dict[str, Any], said
     assert said in "".join(unused_keys(values)) and bool(said) == bool(unused_keys(values))
 
 
-@pytest.mark.parametrize("options", [{}, {"logprobs": 2}], ids=str)
-def test_a_row_that_has_finished_leaves_the_batch(tmp_path: Path, options: dict[str, Any]) -> None:
-    """Its tokens stay as they were, nobody else's change, and the passes behind it have a row less."""
+@pytest.mark.parametrize("options", [{}, {"logprobs": 2}, {"stable_answer": 3}, {"regex": "[a-z ]{9,90}"}], ids=str)
+def test_a_row_leaves_the_batch_when_it_settles(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Its tokens stay as they were, nobody else's change, and every pass holds the rows that still need it."""
     model = small.model(tmp_path)
     prompts = ["hello", "a rather longer prompt than that", "x", "what is it?"]
     alone = [model.generate(prompt, seed=seed, max_tokens=96, **options) for seed, prompt in enumerate(prompts)]
@@ -310,12 +310,20 @@ def test_a_row_that_has_finished_leaves_the_batch(tmp_path: Path, options: dict[
 
     model.network.denoise = watched  # type: ignore[method-assign]
     events = list(model.prepare(prompts, seed=0, max_tokens=96, **options).events())
-    assert [result.tokens for result in events[-1].results] == [result.tokens for result in alone]
     for result, single in zip(events[-1].results, alone, strict=True):
-        assert result.logprobs == pytest.approx(single.logprobs, abs=1e-4)
-    lengths = sorted({len(result.canvases) for result in alone})
-    assert len(lengths) > 1 and widths == sorted(widths, reverse=True)
-    assert widths[0] == 4 and widths[-1] == sum(len(result.canvases) == lengths[-1] for result in alone)
+        assert result.tokens == single.tokens
+        for ours, own in zip(result.canvases, single.canvases, strict=True):
+            assert (ours.steps, ours.settled, ours.early) == (own.steps, own.settled, own.early)
+            assert ours.logprobs == pytest.approx(own.logprobs, abs=1e-4)
+            assert ours.canvas_logprobs == pytest.approx(own.canvas_logprobs, abs=1e-4)
+            assert ours.log_probability == pytest.approx(own.log_probability, abs=1e-3)
+    taken = [[canvas.steps for canvas in result.canvases] for result in alone]  # by row and canvas
+    assert len({len(steps) for steps in taken}) > 1 and len({steps[0] for steps in taken}) > 1
+    assert widths == [
+        sum(steps > step for steps in at)
+        for at in itertools.zip_longest(*taken, fillvalue=0)
+        for step in range(max(at))
+    ]
     drawn = [event for event in events if isinstance(event, Denoised)]
     assert all(event.best.shape == event.entropy.shape == (4, small.CANVAS) for event in drawn)
     assert all(len(event.settled) == len(event.mean_entropy) == 4 for event in drawn)

@@ -186,7 +186,7 @@ MEDIAN, WORST = 1.2, 2.0  # bounds of the ratio
 
 def cases(budgets: tuple[int, ...], shapes: tuple[tuple[int, int], ...]) -> list[Case]:
     """Pictures of these shapes at these budgets, for every tower that can hold them."""
-    from mlx_diffgemma.text.images import PictureConfig, scaled_size
+    from mlx_diffgemma.text.pictures.images import PictureConfig, scaled_size
 
     made = []
     for name, tower in TOWERS.items():

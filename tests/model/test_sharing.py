@@ -7,7 +7,7 @@ import pytest
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import ConfigError
 from mlx_diffgemma.files.layout import expected_tensors
-from mlx_diffgemma.model.sharing import SIZES, Share, check_divides
+from mlx_diffgemma.model.sharing.share import SIZES, Share, check_divides
 from tests import synthetic
 
 RELEASED = ModelConfig.from_dict(synthetic.published("released/config.json"))

@@ -20,7 +20,7 @@ from mlx_diffgemma.model.vision_config import VisionConfig
 from mlx_diffgemma.packing import plan as planning
 from mlx_diffgemma.packing.plan import Planned
 from mlx_diffgemma.packing.recipes import Override, Recipe, adhoc_recipe, load_recipe, recipe_names
-from mlx_diffgemma.pipeline import fitting
+from mlx_diffgemma.pipeline.machine import fitting
 from tests.synthetic import published
 
 RELEASED = ModelConfig.from_dict(published("released/config.json"))

@@ -14,7 +14,7 @@ import numpy as np
 from mlx_diffgemma import load
 from mlx_diffgemma.generation.events import Committed, Denoised
 from mlx_diffgemma.model.memory import weight_bytes
-from mlx_diffgemma.model.ranks import Leader, join
+from mlx_diffgemma.model.sharing.ranks import Leader, join
 from mlx_diffgemma.pipeline.following import follow
 from mlx_diffgemma.pipeline.model import DiffusionGemma
 from tests import seeing

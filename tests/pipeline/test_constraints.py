@@ -16,9 +16,9 @@ from mlx_diffgemma.errors import ConfigError, PromptError, TokenizerError
 from mlx_diffgemma.files.shipped import BUILT_IN
 from mlx_diffgemma.generation.events import Committed, Denoised, Finished
 from mlx_diffgemma.generation.noise import RecordedNoise
-from mlx_diffgemma.pipeline.constraints import THINK, thought
-from mlx_diffgemma.pipeline.drafts import at_cursor, of_lines
 from mlx_diffgemma.pipeline.model import DiffusionGemma
+from mlx_diffgemma.pipeline.obeying.constraints import THINK, thought
+from mlx_diffgemma.pipeline.obeying.drafts import at_cursor, of_lines
 from mlx_diffgemma.pipeline.results import Result, result_json
 from mlx_diffgemma.terminal.sinks import summary
 from mlx_diffgemma.text.tokenizer import Tokenizer

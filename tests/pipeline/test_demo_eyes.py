@@ -15,7 +15,7 @@ from mlx_diffgemma import load
 from mlx_diffgemma.cli import main
 from mlx_diffgemma.errors import ConfigError
 from mlx_diffgemma.files.shipped import EYES
-from mlx_diffgemma.model.sharing import Share
+from mlx_diffgemma.model.sharing.share import Share
 from mlx_diffgemma.pipeline.model import DiffusionGemma
 from mlx_diffgemma.pipeline.results import Result
 from mlx_diffgemma.terminal.scenes import SEEN, SUDOKU

@@ -7,8 +7,8 @@ import pytest
 
 from mlx_diffgemma import Hole, Language, choices, literal, load, regex
 from mlx_diffgemma.files.shipped import BUILT_IN
-from mlx_diffgemma.pipeline.constraints import Compiler
-from mlx_diffgemma.pipeline.joints import Joints
+from mlx_diffgemma.pipeline.obeying.constraints import Compiler
+from mlx_diffgemma.pipeline.obeying.joints import Joints
 from mlx_diffgemma.text.language.automaton import Automaton, Part, Spelled
 from mlx_diffgemma.text.language.texts import free_text
 

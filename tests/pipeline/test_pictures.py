@@ -22,7 +22,7 @@ from mlx_diffgemma.pipeline.model import DiffusionGemma
 from mlx_diffgemma.pipeline.prompts import PromptIds
 from mlx_diffgemma.pipeline.results import Result, result_json
 from mlx_diffgemma.pipeline.sight import Looks, Sight, own_sight
-from mlx_diffgemma.text.images import open_picture
+from mlx_diffgemma.text.pictures.images import open_picture
 from tests import seeing, small
 from tests.seeing import asked, picture
 

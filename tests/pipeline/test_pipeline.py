@@ -13,6 +13,7 @@ from mlx_diffgemma.generation.noise import NoiseRecorder, RecordedNoise, SeededN
 from mlx_diffgemma.generation.settings import GenerationConfig
 from mlx_diffgemma.pipeline.model import DiffusionGemma
 from mlx_diffgemma.pipeline.results import Answers, Result
+from mlx_diffgemma.text.tokenizer import Growing, Tokenizer
 from tests import small
 
 
@@ -84,6 +85,17 @@ def test_half_a_character_waits_for_its_rest(model: DiffusionGemma) -> None:
     assert answers.read(0, tuple(ids[2:]), last=False) == ("é", "")
     half = (*model.tokenizer.encode("b"), small.FIRST_BYTE + 0xC3)
     assert answers.read(0, half, last=True) == ("b\ufffd", "")
+
+
+def test_a_long_answer_is_not_read_again_at_every_token(model: DiffusionGemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token by token: what is decoded for one does not grow with the answer, and the parts are the whole."""
+    tokenizer, counts, decode = model.tokenizer, [], Tokenizer.decode
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, **of: counts.append(len(ids)) or decode(self, ids, **of))
+    ids = tokenizer.encode("a é🙂\nword " * 200)
+    answers = Answers(tokenizer, [[2]], [None])
+    parts = [answers.read(0, (token,), last=i == len(ids))[0] for i, token in enumerate(ids, 1)]
+    assert "".join(parts) == decode(tokenizer, ids)
+    assert len(ids) > 2000 and sorted(counts)[-2] <= 2 * Growing.NEW  # the whole once, at the end
 
 
 def test_a_stream_spells_the_text_where_half_a_character_spoils_what_is_shown(model: DiffusionGemma) -> None:

@@ -15,8 +15,8 @@ from mlx_diffgemma.generation.noise import SeededNoise
 from mlx_diffgemma.generation.settings import GenerationConfig
 from mlx_diffgemma.model.network import Network
 from mlx_diffgemma.pipeline.choosing import RETRY_BELOW, choose
+from mlx_diffgemma.pipeline.machine.pace import Pace
 from mlx_diffgemma.pipeline.model import DiffusionGemma
-from mlx_diffgemma.pipeline.pace import Pace
 from mlx_diffgemma.pipeline.results import Result, event_json, result_json
 from mlx_diffgemma.pipeline.scores import score_ids
 from tests import small

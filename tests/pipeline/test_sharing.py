@@ -25,14 +25,14 @@ from mlx_diffgemma import load
 from mlx_diffgemma.errors import ConfigError, DiffGemmaError, PeerError
 from mlx_diffgemma.files import checkpoint
 from mlx_diffgemma.files.shipped import BUILT_IN
-from mlx_diffgemma.model.group import Meeting, Member
 from mlx_diffgemma.model.network import leaves
-from mlx_diffgemma.model.ranks import HEAD, join
-from mlx_diffgemma.model.sharing import Share
+from mlx_diffgemma.model.sharing.group import Meeting, Member
+from mlx_diffgemma.model.sharing.ranks import HEAD, join
+from mlx_diffgemma.model.sharing.share import Share
 from mlx_diffgemma.packing.conversion import convert, plan_conversion
 from mlx_diffgemma.packing.recipes import load_recipe
-from mlx_diffgemma.pipeline import link
 from mlx_diffgemma.pipeline.following import load_in_pieces
+from mlx_diffgemma.pipeline.machine import link
 from mlx_diffgemma.pipeline.model import DiffusionGemma
 from tests import seeing, synthetic
 from tests.pipeline import shared_runs
@@ -248,6 +248,21 @@ def test_a_lost_machine_ends_the_rest_with_one_line(tmp_path: Path, lost: int) -
     assert time.monotonic() - begun < 5
     status, _, err = ended[1 - lost]
     assert status == 1 and err.count("\n") == 1 and "was lost" in err, err
+
+
+def test_a_pass_that_waits_for_a_lost_machine_for_ever_is_ended() -> None:
+    """What MLX's ring says when it gives up may come in pieces, of two threads."""
+    code = """
+import os, time
+from mlx_diffgemma import joined
+joined._quieten()
+os.write(2, b"a word of another library\\n[ring] [ring]Receiving Socket from 6 was closed by the peer\\n failed\\n")
+os.write(2, b"[ring] Too many send/recv errors. Failing pending tasks...\\n" * 2)
+time.sleep(30)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT)
+    assert ended.returncode == 1
+    assert re.fullmatch("a word of another library\nError: another machine .* was lost; .*\n", ended.stderr)
 
 
 def test_a_machine_that_is_lost_while_the_first_one_listens(tmp_path: Path) -> None:

@@ -491,7 +491,20 @@ def history_includes_the_present(patch: Patch) -> None:
 
 @loop_mutant
 def settled_rows_go_on(patch: Patch) -> None:
+    patch.setattr(engine._Canvas, "_part", lambda self, settled: None)
     patch.setattr(engine._Canvas, "_keep", lambda self, old, new: new)
+
+
+@loop_mutant
+def rows_that_go_on_take_other_places_than_the_prefix_has(patch: Patch) -> None:
+    patch.setattr(cache.PrefixCache, "keep", lambda self, rows: None)
+
+
+@loop_mutant
+def rows_that_go_on_get_the_noise_of_those_that_left(patch: Patch) -> None:
+    patch.setattr(
+        engine._Canvas, "_draws", lambda self, rows, step: (self.noise.draws(self.index, step)[: self.going], None)
+    )
 
 
 @loop_mutant

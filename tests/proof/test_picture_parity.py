@@ -16,7 +16,7 @@ from transformers.models.gemma4 import modeling_gemma4 as gemma4
 from mlx_diffgemma.config import PictureMask
 from mlx_diffgemma.model.network import Network
 from mlx_diffgemma.model.vision import Eyes
-from mlx_diffgemma.text.images import PictureConfig, scaled_size
+from mlx_diffgemma.text.pictures.images import PictureConfig, scaled_size
 from tests.model import eyes
 from tests.model.behind_pictures import Rows, both_sides, our_logits, reference_logits
 from tests.model.eyes import MEDIAN, TOWERS, WORST, Case, rms

@@ -19,7 +19,7 @@ from mlx_diffgemma.server.app import app
 from mlx_diffgemma.server.guard import Rules
 from mlx_diffgemma.server.pictures import HERE
 from mlx_diffgemma.server.scheduler import Scheduler
-from mlx_diffgemma.text.sources import Access
+from mlx_diffgemma.text.pictures.sources import Access
 from tests import small
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -35,7 +35,7 @@ def test_stream_whole_and_generate_say_the_same(server: Running, folder: Path, o
     names = {"canvas": "canvas_length", "steps": "max_denoising_steps"}
     own: Any = {names.get(name, name): value for name, value in options.items()}
     spoken = 0
-    for seed in range(6):
+    for seed in range(4):
         body = {"messages": said("hello"), "seed": seed, "max_tokens": 40, "diffusion": options}
         whole = server.post(body).json()
         *events, last = model.stream(said("hello"), seed=seed, max_tokens=40, **own)
@@ -48,7 +48,7 @@ def test_stream_whole_and_generate_say_the_same(server: Running, folder: Path, o
         assert whole["usage"]["completion_tokens"] == len(result.tokens)
         assert whole["diffusion"]["seed"] == seed and whole["diffusion"]["steps"] == result.statistics.steps
         spoken += bool(result.text)
-    assert spoken > 3
+    assert spoken > 2
 
 
 def test_an_answer_finishes_once_and_usage_comes_alone(server: Running) -> None:

@@ -10,11 +10,12 @@ import pytest
 import schemathesis
 from schemathesis import GenerationMode
 
-from mlx_diffgemma.server import anthropic, decisions, fim, ollama, openai, responses
+from mlx_diffgemma.server import app
+from mlx_diffgemma.server.protocols import anthropic, decisions, fim, ollama, openai, responses
 from mlx_diffgemma.values import Table
 from tests.server.serving import Running, serving, small_model
 
-API: dict[str, Any] = json.loads((Path(openai.__file__).parent / "openapi.json").read_text())
+API: dict[str, Any] = json.loads((Path(app.__file__).parent / "openapi.json").read_text())
 SCHEMA = schemathesis.openapi.from_dict(API)
 OPERATIONS = [found.ok() for found in SCHEMA.get_all_operations()]
 

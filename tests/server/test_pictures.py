@@ -11,8 +11,8 @@ import pytest
 
 from mlx_diffgemma.server.pictures import HERE
 from mlx_diffgemma.server.prefixes import Prefixes
-from mlx_diffgemma.text import images
-from mlx_diffgemma.text.sources import Access
+from mlx_diffgemma.text.pictures import images
+from mlx_diffgemma.text.pictures.sources import Access
 from tests import seeing, small
 from tests.seeing import picture
 from tests.server.serving import CHAT, Running, serving, small_model

@@ -1,9 +1,9 @@
 """Requests together: turns, the queue, those who leave, what does not fit, and a thread that dies."""
 
-import threading
+import asyncio
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +105,9 @@ def test_the_queue_has_an_end_and_opens_again(tmp_path: Path) -> None:
     load = Slowed(tmp_path, step=0.05)
     with serving(load, parallel=1, most_queued=1) as server, server.client() as client:
         with client.stream("POST", CHAT, json=LONG | {"stream": True}) as first:
-            assert first.status_code == 200
+            assert first.status_code == 200 and eventually(lambda: server.scheduler.health()["running"] == 1)
             with client.stream("POST", CHAT, json=LONG | {"stream": True}) as second:
-                assert second.status_code == 200 and server.scheduler.health()["queued"] == 1
+                assert second.status_code == 200 and eventually(lambda: server.scheduler.health()["queued"] == 1)
                 third = server.post(LONG)
                 assert third.status_code == 429 and 1 <= int(third.headers["retry-after"]) <= 120
                 assert third.json()["error"]["type"] == "rate_limit_error"
@@ -119,13 +119,15 @@ def test_the_queue_has_an_end_and_opens_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["denoising", "denoising, not streaming", "prefill", "the queue"])
 def test_who_leaves_stops_the_work(where: str, tmp_path: Path) -> None:
     load = Slowed(tmp_path, step=0.05, encode=1.0 if where == "prefill" else 0.0)
-    with serving(load, parallel=1) as server, server.client() as other:
+    with serving(load, parallel=1) as server, server.client() as other, ExitStack() as stack:
         if where == "the queue":
-            other.stream("POST", CHAT, json=LONG | {"stream": True}).__enter__()
+            stack.enter_context(other.stream("POST", CHAT, json=LONG | {"stream": True}))
         asked = LONG | {"stream": "not" not in where}
-        leaving = threading.Thread(target=_leave, args=(server, asked, 0.5))
-        leaving.start()
-        leaving.join(WAIT)
+        begun = {
+            "prefill": lambda: load.passes["encode"] > 0,
+            "the queue": lambda: server.scheduler.health()["queued"] == 1,
+        }
+        asyncio.run(_leave(server, asked, begun.get(where, lambda: load.passes["denoise"] > 1)))
         running = int(where == "the queue")
         assert eventually(lambda: server.scheduler.health() == {"status": "ok", "running": running, "queued": 0})
         passes = dict(load.passes)
@@ -134,14 +136,16 @@ def test_who_leaves_stops_the_work(where: str, tmp_path: Path) -> None:
             assert load.passes == passes and (passes["denoise"] > 0) == (where != "prefill")
 
 
-def _leave(server: Running, body: dict[str, Any], seconds: float) -> None:
-    """Ask, and go away after so many seconds without a word."""
-    end = time.monotonic() + seconds
-    client = httpx.Client(base_url=server.url, timeout=seconds)
-    with client, suppress(httpx.TimeoutException), client.stream("POST", CHAT, json=body) as response:
-        for _ in response.iter_raw():
-            if time.monotonic() > end:
-                return
+async def _leave(server: Running, body: dict[str, Any], begun: Callable[[], bool]) -> None:
+    """Ask, and go away once the work has begun."""
+    async with httpx.AsyncClient(base_url=server.url, timeout=WAIT) as client:
+        asking = asyncio.create_task(client.post(CHAT, json=body))
+        while not begun():
+            assert not asking.done()
+            await asyncio.sleep(0.01)
+        asking.cancel()
+        with suppress(asyncio.CancelledError):
+            await asking
 
 
 def test_headers_come_before_the_prompt_is_read_and_silence_is_broken(

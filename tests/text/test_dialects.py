@@ -13,7 +13,7 @@ from benchmarks import train_demo
 from mlx_diffgemma.errors import TokenizerError
 from mlx_diffgemma.files.shipped import BUILT_IN
 from mlx_diffgemma.text.dialects import read_beside
-from mlx_diffgemma.text.tokenizer import Tokenizer
+from mlx_diffgemma.text.tokenizer import Growing, Tokenizer
 from mlx_diffgemma.text.vocabularies import SentencePieceVocabulary
 
 MARKERS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", "<|channel>", "<channel|>", "\n\n"]
@@ -200,6 +200,11 @@ def test_the_same_ids_as_transformers(base: Path, tmp_path: Path, name: str) -> 
         assert ours.encode(text) == right, text
         assert ours.decode(right) == theirs.decode(right, skip_special_tokens=True), text
         assert ours.decode(right, skip_special=False) == theirs.decode(right), text
+    right = ours.encode("".join(texts()))[:1500]
+    growing = Growing(ours.decode)
+    for end in range(1, len(right), 7):
+        whole = ours.decode(right[:end])
+        assert whole.endswith("\ufffd") or growing.text(0, right[:end]) == whole, end
     assert all(theirs.decode([i], skip_special_tokens=True) == "" != theirs.decode([i]) for i in ours.special_ids)
     assert ours.vocab_size == len(theirs)
     assert ours.beside.texts == theirs.special_tokens_map

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mlx_diffgemma.errors import PromptError
-from mlx_diffgemma.text.images import PictureConfig, open_picture
+from mlx_diffgemma.text.pictures.images import PictureConfig, open_picture
 
 CONFIG = PictureConfig()
 

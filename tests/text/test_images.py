@@ -21,8 +21,8 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import (
 from transformers.utils import logging
 
 from mlx_diffgemma.errors import PromptError
-from mlx_diffgemma.text import images
-from mlx_diffgemma.text.images import BUDGETS, PIXELS, PictureConfig, budget_of, open_picture, scaled_size
+from mlx_diffgemma.text.pictures import images
+from mlx_diffgemma.text.pictures.images import BUDGETS, PIXELS, PictureConfig, budget_of, open_picture, scaled_size
 
 logging.set_verbosity_error()  # it wonders about pictures 1 or 3 pixels wide
 CONFIG = PictureConfig()

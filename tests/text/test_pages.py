@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from mlx_diffgemma.errors import PromptError
-from mlx_diffgemma.text import pages, parts
-from mlx_diffgemma.text.images import Picture, PictureConfig
-from mlx_diffgemma.text.pages import chosen, open_pages
-from mlx_diffgemma.text.sources import Access
+from mlx_diffgemma.text.pictures import pages, parts
+from mlx_diffgemma.text.pictures.images import Picture, PictureConfig
+from mlx_diffgemma.text.pictures.pages import chosen, open_pages
+from mlx_diffgemma.text.pictures.sources import Access
 
 CONFIG = PictureConfig()
 SMALL = PictureConfig(patch_size=4, pooling=2)
@@ -157,6 +157,9 @@ def test_one_page_is_kept_at_a_time(count: int, monkeypatch: pytest.MonkeyPatch)
     """However many there are: none while they are opened, one while they are looked at, no document in between."""
     import pypdfium2
 
+    gc.collect()
+    gc.freeze()  # what earlier tests left need not be looked through at each page
+
     drawn: list[weakref.ref[np.ndarray]] = []
     documents: list[weakref.ref[Any]] = []
     draw, init = pages._drawn, pypdfium2.PdfDocument.__init__
@@ -187,8 +190,8 @@ def test_one_page_is_kept_at_a_time(count: int, monkeypatch: pytest.MonkeyPatch)
 SCAN = """
 import re, resource, sys
 from pathlib import Path
-from mlx_diffgemma.text.images import PictureConfig
-from mlx_diffgemma.text.pages import open_pages
+from mlx_diffgemma.text.pictures.images import PictureConfig
+from mlx_diffgemma.text.pictures.pages import open_pages
 seen = open_pages(sys.argv[1], PictureConfig()).pictures
 total = sum(float(page.patches()[0, 0]) for page in seen)
 own = Path("/proc/self/status")  # getrusage's peak on Linux begins with that of the process that started this one

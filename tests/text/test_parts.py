@@ -10,9 +10,18 @@ import numpy as np
 import pytest
 
 from mlx_diffgemma.errors import PromptError
-from mlx_diffgemma.text.images import Picture, PictureConfig
-from mlx_diffgemma.text.parts import bare, check_literals, has_pictures, opened, seen, taken_out, with_budget, written
-from mlx_diffgemma.text.sources import Access
+from mlx_diffgemma.text.pictures.images import Picture, PictureConfig
+from mlx_diffgemma.text.pictures.parts import (
+    bare,
+    check_literals,
+    has_pictures,
+    opened,
+    seen,
+    taken_out,
+    with_budget,
+    written,
+)
+from mlx_diffgemma.text.pictures.sources import Access
 from tests.seeing import picture
 
 CONFIG = PictureConfig()

@@ -11,11 +11,11 @@ from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
 from transformers.video_utils import VideoMetadata
 
 from mlx_diffgemma.errors import TokenizerError
-from mlx_diffgemma.text.images import PictureConfig, open_picture
-from mlx_diffgemma.text.parts import opened, taken_out
+from mlx_diffgemma.text.pictures.images import PictureConfig, open_picture
+from mlx_diffgemma.text.pictures.parts import opened, taken_out
+from mlx_diffgemma.text.pictures.video import open_video
 from mlx_diffgemma.text.placing import Frame
 from mlx_diffgemma.text.tokenizer import Tokenizer
-from mlx_diffgemma.text.video import open_video
 from tests import seeing, small
 from tests.seeing import BOI, BUDGET, EOI, IMAGE, picture
 from tests.text.processor import Processor, processor

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from mlx_diffgemma.errors import PromptError
-from mlx_diffgemma.text import sources
-from mlx_diffgemma.text.sources import Access, fetch, read, shortened
+from mlx_diffgemma.text.pictures import sources
+from mlx_diffgemma.text.pictures.sources import Access, fetch, read, shortened
 
 BODY = bytes(range(256)) * 4
 REDIRECTS = {
@@ -132,7 +132,7 @@ def test_time_is_bounded_even_where_bytes_keep_trickling(server: str, path: str)
     start = time.monotonic()
     with pytest.raises(PromptError, match=r"within 0\.4 seconds"):
         fetch(server + path, seconds=0.4)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 10  # the server would go on for ever
 
 
 def test_nobody_there() -> None:

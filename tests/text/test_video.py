@@ -19,11 +19,11 @@ from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn, read_video_pyav
 
 from mlx_diffgemma.errors import PromptError
-from mlx_diffgemma.text import video
-from mlx_diffgemma.text.images import PictureConfig, from_pixels
+from mlx_diffgemma.text.pictures import video
+from mlx_diffgemma.text.pictures.images import PictureConfig, from_pixels
+from mlx_diffgemma.text.pictures.sources import Access
+from mlx_diffgemma.text.pictures.video import Video, open_video, sampled
 from mlx_diffgemma.text.placing import Frame
-from mlx_diffgemma.text.sources import Access
-from mlx_diffgemma.text.video import Video, open_video, sampled
 
 CONFIG = PictureConfig()
 SMALL = PictureConfig(patch_size=4, pooling=2)  # 70 soft tokens are 70 · 64 pixels

@@ -22,12 +22,12 @@ from typing import Any, NoReturn, cast
 import mlx.core as mx
 import numpy as np
 
-from ..config import ModelConfig
-from ..errors import ConfigError, DiffGemmaError, PeerError
-from .cache import PrefixCache
+from ...config import ModelConfig
+from ...errors import ConfigError, DiffGemmaError, PeerError
+from ..cache import PrefixCache
+from ..threads import clear_at_the_end
 from .group import Distributed, Group
-from .sharing import Done, Share, T
-from .threads import clear_at_the_end
+from .share import Done, Share, T
 
 HEAD = 4_096  # bytes of a message that travel in its first exchange
 RECORD = 4_096  # bytes that each machine says where all say something

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import PromptError
-from ..values import shown
-from .gate import Message
+from ...errors import PromptError
+from ...values import shown
+from ..gate import Message
 from .images import Picture, PictureConfig, open_picture
 from .pages import Pages, open_pages
 from .sources import ANYWHERE, Access, decoded

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..errors import ConfigError
-from ..generation.settings import MOST_LOGPROBS, OF_AUTOREGRESSIVE, OPTIONS, Decoding, GenerationOptions
-from ..text.language.texts import MARK, Hole
-from ..values import Field, Kind, Table, Unfit, anything, either, flag, integer, many, mapping, number, one_of, text
-from .exchange import (
+from ...errors import ConfigError
+from ...generation.settings import MOST_LOGPROBS, OF_AUTOREGRESSIVE, OPTIONS, Decoding, GenerationOptions
+from ...text.language.texts import MARK, Hole
+from ...values import Field, Kind, Table, Unfit, anything, either, flag, integer, many, mapping, number, one_of, text
+from ..exchange import (
     Accepted,
     Answer,
     Continuations,

@@ -12,7 +12,7 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
-from ..errors import PromptError
+from ...errors import PromptError
 from .images import Picture, PictureConfig, Source, budget_of, check_pixels, from_pixels, open_picture
 from .sources import ANYWHERE, Access, opened, shortened
 
@@ -67,7 +67,7 @@ def open_video(
     rate: float | None = None,
     access: Access = ANYWHERE,
 ) -> Video:
-    """Sample and scale a video: a file as `text/sources` takes it, a folder of pictures, a list of them, or an array
+    """Sample and scale a video: a file as `sources` takes it, a folder of pictures, a list of them, or an array
     uint8 [frames, height, width, 3].
 
     Frame i of `frames` is number i · total // frames. `budget` is of each frame, 70 unless said; `rate` is of pictures

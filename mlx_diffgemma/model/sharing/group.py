@@ -8,7 +8,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from ..errors import ConfigError, PeerError
+from ...errors import ConfigError, PeerError
 
 
 class Group(Protocol):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import PromptError
+from ...errors import PromptError
 from .sources import ANYWHERE, Access, read
 
 if TYPE_CHECKING:

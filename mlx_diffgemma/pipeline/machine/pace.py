@@ -3,7 +3,7 @@ the faster one is not always the better one."""
 
 from statistics import median
 
-from ..generation.events import CanvasRow, Statistics
+from ...generation.events import CanvasRow, Statistics
 
 REMEMBERED = 9  # runs of each decoding
 WORTH = 1.2  # times as long: below, the times of two runs of one kind differ as much

@@ -13,7 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import PromptError
+from ...errors import PromptError
 from .images import Picture, PictureConfig, budget_of, scaled_size
 from .sources import ANYWHERE, Access, opened
 

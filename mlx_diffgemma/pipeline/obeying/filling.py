@@ -6,9 +6,9 @@ from typing import Literal
 
 import mlx.core as mx
 
-from ..errors import ConfigError
-from ..generation.noise import Noise
-from ..text.language.texts import Hole
+from ...errors import ConfigError
+from ...generation.noise import Noise
+from ...text.language.texts import Hole
 from .drafts import Count, Draft, at_cursor, lines_of
 from .drafts import of_lines as draft_of_lines
 

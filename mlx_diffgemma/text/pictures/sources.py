@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
-from ..errors import PromptError
+from ...errors import PromptError
 
 FILE_BYTES = 1 << 28  # more is no picture
 URL_BYTES = 1 << 25

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from ..config import LayerConfig, ModelConfig
-from ..errors import ConfigError
-from .cache import PrefixCache
+from ...config import LayerConfig, ModelConfig
+from ...errors import ConfigError
+from ..cache import PrefixCache
 
 T = TypeVar("T")
 Spans = tuple[tuple[int, int], ...]  # rows of a matrix, from … to

@@ -5,9 +5,9 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..values import Field, Table, anything, either, flag, integer, many, mapping, number, one_of, text
+from ...values import Field, Table, anything, either, flag, integer, many, mapping, number, one_of, text
+from ..exchange import Accepted, Answer, Ended, Failed, News, Refused, Said, Served
 from . import openai
-from .exchange import Accepted, Answer, Ended, Failed, News, Refused, Said, Served
 from .openai import Json
 
 _object = mapping(anything)

@@ -8,10 +8,10 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..generation.settings import MOST_LOGPROBS
-from ..values import Field, Table, anything, either, flag, integer, many, mapping, number, one_of, text
+from ...generation.settings import MOST_LOGPROBS
+from ...values import Field, Table, anything, either, flag, integer, many, mapping, number, one_of, text
+from ..exchange import Accepted, Ended, Failed, News, Refused, Said, Served
 from . import openai
-from .exchange import Accepted, Ended, Failed, News, Refused, Said, Served
 from .openai import Json
 
 KEPT = 256  # answers that can be gone on from, the latest

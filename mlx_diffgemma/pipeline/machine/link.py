@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..config import ModelConfig
-from ..generation.vocabulary import PARTS, most_numbers
+from ...config import ModelConfig
+from ...generation.vocabulary import PARTS, most_numbers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from functools import cached_property
 
 import numpy as np
 
-from ..text.language.automaton import BYTES, Part, Spelled
-from ..text.language.graph import Graph, Table, language
+from ...text.language.automaton import BYTES, Part, Spelled
+from ...text.language.graph import Graph, Table, language
 
 Split = Callable[[str], list[bytes]]  # a text → its own tokens
 

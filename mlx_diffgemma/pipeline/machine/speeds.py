@@ -7,8 +7,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..model.network import Network, leaves
-from ..model.table import mix, scores, unpacked_dtype
+from ...model.network import Network, leaves
+from ...model.table import mix, scores, unpacked_dtype
 
 ROUNDS, AT_ONCE = 3, 4  # products queued together, so that waiting for them is a small part
 

@@ -5,9 +5,9 @@ Mistral's clients read the answer as a message, Inception's as text: both stand 
 
 from typing import Any
 
-from ..values import Field, Table, text
+from ...values import Field, Table, text
+from ..exchange import Served
 from . import openai
-from .exchange import Served
 from .openai import Completion, Json
 
 FIM = Table(*openai.FIELDS, Field("prompt", text()), Field("suffix", text(), None), open=True)

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from ..values import Field, Table, anything, either, flag, integer, many, mapping, number, one_of, text
+from ...values import Field, Table, anything, either, flag, integer, many, mapping, number, one_of, text
+from ..exchange import Accepted, Ended, Failed, News, Refused, Said, Served
 from . import openai
-from .exchange import Accepted, Ended, Failed, News, Refused, Said, Served
 from .openai import Json
 
 _object = mapping(anything)

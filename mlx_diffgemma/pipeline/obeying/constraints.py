@@ -16,18 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, TokenizerError
-from ..generation.constraint import automaton, parts
-from ..generation.constraint.automaton import Constraint
-from ..generation.events import CanvasRow
-from ..generation.settings import GenerationConfig
-from ..text.channels import CHANNEL, END_CHANNEL
-from ..text.gate import check_text
-from ..text.language import regex as patterns
-from ..text.language import schema as schemas
-from ..text.language import texts, values
-from ..text.language.automaton import BYTES, Automaton, Language, Part, Spelled
-from ..text.tokenizer import Tokenizer
+from ...errors import ConfigError, TokenizerError
+from ...generation.constraint import automaton, parts
+from ...generation.constraint.automaton import Constraint
+from ...generation.events import CanvasRow
+from ...generation.settings import GenerationConfig
+from ...text.channels import CHANNEL, END_CHANNEL
+from ...text.gate import check_text
+from ...text.language import regex as patterns
+from ...text.language import schema as schemas
+from ...text.language import texts, values
+from ...text.language.automaton import BYTES, Automaton, Language, Part, Spelled
+from ...text.tokenizer import Tokenizer
 from .joints import Joints
 
 THINK = "<|think|>"  # in a prompt: the model may think before it answers

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from ..config import ModelConfig
-from ..errors import ConfigError, MemoryLimitError
-from ..files import layout
-from ..files.streaming import SLOTS, spread
-from ..model.memory import MACS, STEP, SightMemory, lent, machine_limit, memory_needed
-from ..model.network import Network, leaves
-from ..model.sharing import ALONE, Share
+from ...config import ModelConfig
+from ...errors import ConfigError, MemoryLimitError
+from ...files import layout
+from ...files.streaming import SLOTS, spread
+from ...model.memory import MACS, STEP, SightMemory, lent, machine_limit, memory_needed
+from ...model.network import Network, leaves
+from ...model.sharing.share import ALONE, Share
 
 if TYPE_CHECKING:
-    from ..packing.plan import Planned
+    from ...packing.plan import Planned
 
 CONTEXT = 4_096  # tokens that have room when layers are streamed because a model does not fit otherwise
 

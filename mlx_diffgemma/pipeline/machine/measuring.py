@@ -13,14 +13,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import ConfigError
-from ..generation import sampler, vocabulary
-from ..generation.noise import SeededNoise
-from ..model.cache import PrefixCache
-from ..model.network import Network, leaves
-from ..model.tuning import Tuning
-from ..model.vision import Eyes, looking_bytes
-from ..text.images import PictureConfig, from_pixels, scaled_size
+from ...errors import ConfigError
+from ...generation import sampler, vocabulary
+from ...generation.noise import SeededNoise
+from ...model.cache import PrefixCache
+from ...model.network import Network, leaves
+from ...model.tuning import Tuning
+from ...model.vision import Eyes, looking_bytes
+from ...text.pictures.images import PictureConfig, from_pixels, scaled_size
 
 PARTS = ("building", "layers", "vocabulary", "sampler", "waiting")
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import cache, reduce
 from operator import add
 
-from ..errors import ConfigError, PromptError
-from ..text.language.automaton import Language, Part, Spelled
-from ..text.language.texts import Hole, literal
+from ...errors import ConfigError, PromptError
+from ...text.language.automaton import Language, Part, Spelled
+from ...text.language.texts import Hole, literal
 
 Count = Callable[[str], int]  # tokens of a text
 SOMETHING = Hole(least=1)  # what may stand in a hole of which nothing is said

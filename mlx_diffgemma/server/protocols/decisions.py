@@ -5,9 +5,9 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from ..values import Field, Table, anything, either, many, mapping, one_of, optional, text
+from ...values import Field, Table, anything, either, many, mapping, one_of, optional, text
+from ..exchange import Accepted, Choice, Decisions, Ended, News, Refused, Served
 from . import openai
-from .exchange import Accepted, Choice, Decisions, Ended, News, Refused, Served
 from .openai import Json
 
 _said = either(text(empty=False), mapping(anything), many(anything))
