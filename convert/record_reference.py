@@ -136,20 +136,30 @@ def built_in_model(folder: Path) -> Model:
     return model
 
 
-def encode(
-    model: Model, prompt: np.ndarray, padding: np.ndarray, canvases: np.ndarray
-) -> tuple[DynamicCache, torch.Tensor]:
-    """The cache after a left-padded prompt [B, P] and the canvases [n, B, L], and the mask of all those tokens."""
+Prefix = tuple[DynamicCache, torch.Tensor]  # and the mask of all its tokens
+
+
+def encode(model: Model, prompt: np.ndarray, padding: np.ndarray, canvases: np.ndarray) -> Prefix:
+    """After a left-padded prompt [B, P] and the canvases [n, B, L]."""
     cache = DynamicCache(config=model.config.get_text_config())
     mask = torch.from_numpy(np.arange(prompt.shape[1])[None] >= padding[:, None]).to(model.device)
-    mask = torch.nn.functional.pad(mask, (0, canvases.shape[0] * canvases.shape[-1]), value=True)
-    end = 0
-    with torch.no_grad():
-        for piece in (prompt, *canvases):
-            end += piece.shape[1]
-            ids = torch.from_numpy(piece).long().to(model.device)
-            model.model.encoder(input_ids=ids, attention_mask=mask[:, :end], **{CACHE: cache})
+    _read(model, prompt, cache, mask)
+    return extend(model, (cache, mask), canvases)
+
+
+def extend(model: Model, prefix: Prefix, canvases: np.ndarray) -> Prefix:
+    """The same after more canvases; the prefix given is used up."""
+    cache, mask = prefix
+    for canvas in canvases:
+        mask = torch.nn.functional.pad(mask, (0, canvas.shape[1]), value=True)
+        _read(model, canvas, cache, mask)
     return cache, mask
+
+
+def _read(model: Model, ids: np.ndarray, cache: DynamicCache, mask: torch.Tensor) -> None:
+    with torch.no_grad():
+        tokens = torch.from_numpy(ids).long().to(model.device)
+        model.model.encoder(input_ids=tokens, attention_mask=mask, **{CACHE: cache})
 
 
 def decode(

@@ -171,9 +171,10 @@ def _references(name: str) -> tuple[Any, Any]:
 
 def _reference_logits(model: Any, x: Inputs) -> list[np.ndarray]:
     """[B, L, V] for every number of committed canvases, without and with the signal."""
-    logits = []
+    logits, done = [], 0
+    prefix = reference.encode(model, x.prompt, x.padding, x.canvases[:0])
     for committed in COMMITTED:
-        prefix = reference.encode(model, x.prompt, x.padding, x.canvases[:committed])
+        prefix, done = reference.extend(model, prefix, x.canvases[done:committed]), committed
         logits += [reference.decode(model, x.canvas, *prefix, x.signal if on else None) for on in SIGNALS]
     return logits
 
