@@ -355,6 +355,7 @@ def test_a_step_can_be_compiled(
 
     def tracing(function: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> Callable[..., Any]:
         compiled = compile_(function, inputs=inputs, outputs=outputs)
+        assert [*map(id, inputs)] == [*map(id, outputs)]  # what is no input stays as it was when it was traced
 
         def call(*given: Any) -> Any:
             network, *optimizer = (tree_unflatten(tree_flatten(state)) for state in outputs)
