@@ -12,7 +12,8 @@ out, and all positions are unsure, which is what costs most.
     pairs             (state, next state): the chain's work
     build             seconds: bytes (schema or regex to byte automaton), then ids (to token classes)
     chain             seconds a step on the host: classes joined, chain, path, ids drawn
-    pass, step        the vocabulary pass, and a whole step, conditioned ÷ free: runs alternate, medians
+    pass, step        the vocabulary pass, and a whole step, conditioned ÷ free: runs alternate, medians. Led by the
+                      model, as a canvas's first steps are, or by the constraint
 """
 
 import argparse
@@ -155,15 +156,15 @@ def chain_seconds(constraint: Constraint, hidden: mx.array, head: Head) -> float
 
 
 def times(made: dict[str, Constraint], raw: dict[str, Any], runs: int) -> list[list[Any]]:
-    """Free and conditioned, the vocabulary pass and the step."""
+    """Free, and conditioned, led by the model or by the constraint: the vocabulary pass and the step."""
     network = models.our_network(raw)
     ours = step.Ours(network, models.keys_and_values(network, 300), [], commits=0)
     path = ours.noise.path(0, step.STEP)
 
-    def work(guide: Guide | None, *, whole: bool) -> Callable[[], None]:
+    def work(guide: Guide | None, *, led: bool, whole: bool) -> Callable[[], None]:
         def run() -> None:
-            hidden = ours.forward() if whole else ours.hidden
-            sums = conditioned.walk(hidden, network.decoder.embed_tokens, ours.shaping, [guide], tuning=network.tuning)
+            hidden, table = ours.forward() if whole else ours.hidden, network.decoder.embed_tokens
+            sums = conditioned.walk(hidden, table, ours.shaping, [guide], led=led, tuning=network.tuning)
             reading = sums.read(ours.noise.draws(0, step.STEP), path)
             mx.eval(reading.best, reading.guess, reading.entropy, reading.tail, reading.signal)
 
@@ -174,13 +175,17 @@ def times(made: dict[str, Constraint], raw: dict[str, Any], runs: int) -> list[l
         constraint = made[name]
         guide = Guide(constraint=constraint, order=ClassOrder(constraint.classes), state=constraint.start, left=CANVAS)
         ways = {
-            f"{kind} {part}": work(g, whole=part == "step")
-            for kind, g in (("free", None), ("conditioned", guide))
+            f"{kind} {part}": work(None if kind == "free" else guide, led=kind == "led", whole=part == "step")
+            for kind in ("free", "led", "held")
             for part in ("pass", "step")
         }
         seconds = {way: float(np.median(found)) for way, found in common.alternate(ways, runs).items()}
         host = chain_seconds(constraint, ours.hidden[0], head)
-        ratios = [f"{seconds[f'conditioned {part}'] / seconds[f'free {part}']:.2f}" for part in ("pass", "step")]
+        ratios = [
+            f"{seconds[f'{kind} {part}'] / seconds[f'free {part}']:.2f}"
+            for kind in ("led", "held")
+            for part in ("pass", "step")
+        ]
         rows.append([name, f"{host:.3f}", *(f"{seconds[way]:.2f}" for way in ways), *ratios])
         print(*rows[-1], sep="  ", flush=True)
     return rows
@@ -201,7 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     document = {"provenance": common.provenance(), "sizes": rows}
     if not chosen.sizes_only:
         found = times(made, models.config(chosen.hidden, chosen.layers, chosen.experts, VOCABULARY), chosen.runs)
-        header = ["language", "chain, s", "free pass", "free step", "conditioned pass", "step", "pass ×", "step ×"]
+        kinds = ("by the model", "by the constraint")
+        ways = [f"{part} {way}" for way in ("free", *kinds) for part in ("pass", "step")]
+        ratios = [f"{part} {way} ×" for way in kinds for part in ("pass", "step")]
+        header = ["language", "chain, s", *ways, *ratios]
         common.report(found, header, "Seconds")
         document["times"] = found
     common.finish(document, chosen.out)

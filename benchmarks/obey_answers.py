@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, Unpack
 
 import mlx.core as mx
 import numpy as np
@@ -26,6 +26,7 @@ from benchmarks import decodings, train_demo
 from benchmarks.train_demo import HELD_OUT_SEED, Example
 from mlx_diffgemma import Hole, Language, json_schema, load, regex
 from mlx_diffgemma.files.shipped import BUILT_IN
+from mlx_diffgemma.generation.settings import LED_STEPS, GenerationOptions
 from mlx_diffgemma.pipeline.model import DiffusionGemma
 from mlx_diffgemma.pipeline.obeying.drafts import LINES, Draft
 from mlx_diffgemma.pipeline.results import Result
@@ -60,10 +61,10 @@ def answers(count: int, seed: int) -> list[dict[str, Any]]:
     layouts: Languages = {name: lambda e, of=layout: record_language(e, of) for name, layout in LAYOUTS.items()}
     clean, spoilt = load(BUILT_IN), noised(load(BUILT_IN), NOISE, seed)
     rows = [
-        *compared(f"JSON, noise {NOISE}", spoilt, [e for e in easy if e.task == "json"], layouts, both_signals=True),
+        *compared(f"JSON, noise {NOISE}", spoilt, [e for e in easy if e.task == "json"], layouts, throughout=True),
         *compared("Sudoku", clean, list(decodings.sudoku(first, count)), {"givens pinned": pinned_givens}),
         *compared("names, repeated", clean, list(decodings.doubles(first, count)), {"its names, a line each": listed}),
-        *compared("JSON, 2 × 4", clean, structured[::2], layouts),
+        *compared("JSON, 2 × 4", clean, structured[::2], layouts, throughout=True),
         *compared("new templates", clean, structured[1::2], {"the template": templated}),
         *compared(f"Sudoku, noise {NOISE}", spoilt, list(train_demo.sudoku(first, count)), {"givens": pinned_givens}),
         *compared("Sudoku, a guess", clean, list(decodings.search(first, count)), {"givens pinned": pinned_givens}),
@@ -106,14 +107,14 @@ def compared(
     examples: Sequence[Example],
     languages: Languages,
     *,
-    both_signals: bool = False,
+    throughout: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """A row a language, and perhaps one for the first of them with the free signal."""
+    """A row a language, and perhaps one for the first of them with the constraint leading from the first step on."""
     free = [judged(result, e) for result, e in zip(written(model, examples, None), examples, strict=True)]
     [first, *_] = languages
     ways: list[Any] = [(name, language, {}) for name, language in languages.items()]
-    if both_signals:
-        ways.append((f"{first}, free signal", languages[first], {"free_signal": True}))
+    if throughout:
+        ways.append((f"{first}, led by the constraint", languages[first], {"free_steps": 0}))
     for name, language, options in ways:
         results = written(model, examples, language, options)
         under = [judged(result, e) for result, e in zip(results, examples, strict=True)]
@@ -212,6 +213,8 @@ def gaps(count: int, seed: int) -> list[dict[str, Any]]:
             free = [judged(result, e) for result, e in zip(written(model, examples, None), examples, strict=True)]
             holes = [middle(e, rng) for e in examples]
             rows.append(row(kind, "a gap", free, [filled(model, gap, n) for n, gap in enumerate(holes)]))
+            led = [filled(model, gap, n, free_steps=LED_STEPS) for n, gap in enumerate(holes)]
+            rows.append(row(kind, f"a gap, {LED_STEPS} steps led by the model", free, led))
             lines = [
                 gap
                 for n, e in enumerate(examples)
@@ -244,11 +247,13 @@ def spoilt_lines(example: Example, other: Example, rng: Random) -> Gap:
     return Gap(example=example, draft=Draft(runs=runs, holes=(LINES,)), old=runs[0] + old + runs[1])
 
 
-def filled(model: DiffusionGemma, gap: Gap, seed: int, start: str = "noise") -> Judged:
+def filled(
+    model: DiffusionGemma, gap: Gap, seed: int, start: str = "noise", **options: Unpack[GenerationOptions]
+) -> Judged:
     """The question is asked as ever; of the answer all but the gap stands on the canvas."""
     runs = gap.draft.runs
     request = model.prepare_fill(
-        "\0".join(runs), mark="\0", holes=gap.draft.holes, prompt=gap.example.prompt, seed=seed
+        "\0".join(runs), mark="\0", holes=gap.draft.holes, prompt=gap.example.prompt, seed=seed, **options
     )
     if start == "text":
         request.start_from(model.tokenizer.encode(gap.old))

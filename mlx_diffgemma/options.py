@@ -188,11 +188,11 @@ _GENERATION: dict[str, dict[str, Any]] = {
         "type": _POSITIVE,
         "help": "End a canvas whose answer has not changed for so many steps: 8 costs nearly nothing, 1 much.",
     },
-    "free_signal": {
-        "section": _DEPARTURES,
-        "is_flag": True,
-        "default": None,
-        "help": "Under a constraint: show the next step what the model would say without it.",
+    "free_steps": {
+        "section": _SAMPLER,
+        "type": click.IntRange(0),
+        "metavar": "N",
+        "help": "Under a constraint: steps that the model leads.  [default: 8; 0 where holes are filled]",
     },
     "prefill_step_size": {"section": "Machine", "type": _POSITIVE, "help": "Prompt tokens encoded at a time."},
     "canvas_length": {"section": _DEPARTURES, "type": _POSITIVE, "help": "A shorter canvas, for short answers."},

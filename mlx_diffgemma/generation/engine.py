@@ -288,7 +288,7 @@ class _Canvas:
                 shaping,
                 [self.guides[row] for row in self.places[: self.going]],
                 with_signal=dense,
-                free_signal=settings.free_signal,
+                led=step < settings.led_steps,
                 tuning=tuning,
             )
             reading = self._whole(rows, sums.read(*self._draws(rows, step)))

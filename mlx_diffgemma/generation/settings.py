@@ -11,12 +11,13 @@ from ..values import Field, Table, either, flag, integer, many, nearest, number,
 WHERE = "generation_config.json"
 
 Decoding = Literal["diffusion", "autoregressive"]
+LED_STEPS = 8  # more than a canvas takes that the model is sure of
 MOST_LOGPROBS = 20  # of one place, as OpenAI's API has it
 
 # Options of one decoding alone: beside the other they would do nothing.
 OF_DIFFUSION = """
     max_denoising_steps t_min t_max entropy_bound stability_threshold confidence_threshold sparse_signal canvas_length
-    free_signal stable_answer retries
+    free_steps stable_answer retries
 """.split()
 OF_AUTOREGRESSIVE = "top_p top_k min_p".split()
 
@@ -40,7 +41,7 @@ class GenerationOptions(TypedDict, total=False):
     temperature: float
     greedy: bool
     avoid_empty: bool
-    free_signal: bool
+    free_steps: int | None
     stable_answer: int | None
     decoding: Decoding
     top_p: float
@@ -78,7 +79,7 @@ class GenerationConfig:
     temperature: float = 1.0  # multiplies t_min and t_max; 0 is greedy, by the reference's temperatures
     greedy: bool = False  # the guess is the best token: no draw
     avoid_empty: bool = False  # no stop id at position 0 of the first canvas, in the signal too
-    free_signal: bool = False  # under a constraint the next step is shown the distribution without it
+    free_steps: int | None = None  # under a constraint: steps the model leads; None is 8, or 0 where holes are filled
     stable_answer: int | None = None  # steps without a change of the answer, up to a stop id, that end a canvas
     # Token by token instead: the causal pass of the same weights. `temperature`, `greedy` and `avoid_empty` apply.
     decoding: Decoding = "diffusion"
@@ -187,11 +188,16 @@ class GenerationConfig:
         return self.scored or self.decoding == "autoregressive"
 
     @property
+    def led_steps(self) -> int:
+        """First steps of a canvas in which the model leads, and the constraint follows."""
+        return LED_STEPS if self.free_steps is None else self.free_steps
+
+    @property
     def departures(self) -> dict[str, Any]:
         """The options in force that make a run differ from the reference algorithm; autoregressive: from the plain draw
         of every token by its probability, without those that say how tokens are drawn."""
-        names = ["canvas_length", "temperature", "greedy", "avoid_empty", "free_signal", "stable_answer"]
-        names += ["best_of", "retries", "picture_mask"]
+        names = ["canvas_length", "temperature", "greedy", "avoid_empty", "stable_answer"]
+        names += ["best_of", "retries", "picture_mask", *(["free_steps"] if self.free_steps else [])]
         if self.decoding == "autoregressive":
             names = ["avoid_empty", "best_of", "picture_mask"]
         return {name: value for name in names if (value := getattr(self, name)) != _default(name)}
@@ -222,7 +228,7 @@ OPTIONS = Table(
     Field("temperature", number(least=0, most=1000)),
     Field("greedy", flag),
     Field("avoid_empty", flag),
-    Field("free_signal", flag),
+    Field("free_steps", optional(integer(least=0, most=1_000_000))),
     Field("stable_answer", optional(integer(least=1, most=1_000_000))),
     Field("decoding", one_of(*get_args(Decoding))),
     Field("top_p", number(above=0, most=1)),

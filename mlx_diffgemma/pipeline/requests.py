@@ -165,7 +165,7 @@ class Request:
 
     def _kept_bytes(self) -> int:
         """What a step under constraints holds for the signal: a weight of every id of a text at every position."""
-        if self.settings.free_signal or self.settings.decoding != "diffusion":
+        if self.settings.decoding != "diffusion":
             return 0
         sizes = [int((made.constraint.classes >= 0).sum()) for made in self.constraints if made]
         return (
@@ -176,6 +176,8 @@ class Request:
         """The model's own with `options` over them. A `max_length`, of prompt and reply together, counts where nobody
         chose how long the reply may be, as in transformers (_prepare_generated_length)."""
         settings = self.model.generation_config.replace(**options)
+        if self.draft and settings.free_steps is None and settings.decoding == "diffusion":
+            settings = settings.replace(free_steps=0)  # what is around a hole says what the prompt may not
         if settings.max_length is None or settings.max_tokens != GenerationConfig.max_tokens or "max_tokens" in options:
             return settings
         longest = max(map(len, self.prompts), default=0)

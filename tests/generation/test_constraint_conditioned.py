@@ -18,7 +18,7 @@ from mlx_diffgemma.generation.constraint.conditioned import Guide
 from mlx_diffgemma.generation.constraint.parts import Anything, Pattern, Spelled, Spellings
 from mlx_diffgemma.generation.events import Committed, Denoised, Event, Finished
 from mlx_diffgemma.generation.noise import NoiseRecorder, RecordedNoise, SeededNoise
-from mlx_diffgemma.generation.settings import GenerationConfig
+from mlx_diffgemma.generation.settings import LED_STEPS, GenerationConfig
 from mlx_diffgemma.generation.vocabulary import Shaping
 from mlx_diffgemma.model.network import Network
 from tests import small
@@ -83,6 +83,10 @@ def network() -> Network:
 SIZE, LENGTH = 1500, 6
 
 
+def nats(q: np.ndarray) -> np.ndarray:
+    return -(q * np.log(np.maximum(q, 1e-300))).sum(-1)
+
+
 def step_constraint() -> Constraint:
     """Few enough ids, and a class of many."""
     return build(
@@ -90,14 +94,16 @@ def step_constraint() -> Constraint:
     )
 
 
-def test_rows_are_read_each_under_its_own_constraint() -> None:
-    """Free, constrained from the start, and constrained from another state: against all logits in float64."""
+@pytest.mark.parametrize("led", [False, True], ids=["by the constraint", "by the model"])
+def test_rows_are_read_each_under_its_own_constraint(led: bool) -> None:
+    """Free, constrained from the start, and constrained from another state: against all logits in float64. Where the
+    model leads, what is shown is each position's own, and the less sure of the two counts where there is a choice."""
     table, constraint = table_of(SIZE), step_constraint()
     hidden = hidden_of(3 * LENGTH)[::-1].reshape(3, LENGTH, HIDDEN)  # the last row is the least sure
     order, after = ClassOrder(constraint.classes), constraint.walk(constraint.start, [9, 5])
     guides = [None, *(Guide(constraint=constraint, order=order, state=s, left=4) for s in (after, constraint.start))]
     shaping, unsure = Shaping(cap=CAP, temperature=TEMPERATURE), np.random.default_rng(0).random((3, LENGTH)) < 0.5
-    sums = conditioned.walk(hidden, table, shaping, guides)
+    sums = conditioned.walk(hidden, table, shaping, guides, led=led)
     reading = sums.read(None, None)
     sparse = np.array(sums.sparse_signal(unsure))
     rows = weights_of(table)
@@ -115,9 +121,12 @@ def test_rows_are_read_each_under_its_own_constraint() -> None:
             found = sums.log_probabilities()[row]
             assert found == pytest.approx(plain.log_mass - free[row].sum(), abs=1e-3) and found < 0
         assert np.array(reading.best)[row].tolist() == best.tolist()
-        np.testing.assert_allclose(
-            np.array(reading.entropy)[row], -(q * np.log(np.maximum(q, 1e-300))).sum(-1), atol=1e-4
-        )
+        entropy = nats(q)
+        if led and guide:
+            q = np.exp(logits[row]) * (constraint.classes >= 0)
+            q /= q.sum(-1, keepdims=True)
+            entropy = np.where(np.array(sums.pinned)[row], entropy, np.maximum(entropy, nats(q)))
+        np.testing.assert_allclose(np.array(reading.entropy)[row], entropy, atol=1e-4)
         np.testing.assert_allclose(np.array(reading.tail)[row], 1 - q.max(-1), atol=1e-5)
         np.testing.assert_allclose(np.array(reading.signal)[row], q @ rows * HIDDEN**0.5, atol=1e-3)
         one = rows[q.argmax(-1)] * HIDDEN**0.5
@@ -148,21 +157,6 @@ def test_a_step_without_constraints_is_the_walk_of_all_ids() -> None:
     for name in ("best", "guess", "entropy", "tail", "signal"):
         assert mx.array_equal(getattr(ours.read(draws, None), name), getattr(free.read(draws), name))
     assert ours.pinned is None
-
-
-def test_the_free_signal_is_the_one_without_the_constraint() -> None:
-    table, hidden, shaping = table_of(SIZE), hidden_of(LENGTH)[None], Shaping(cap=CAP, temperature=0.5)
-    constraint = step_constraint()
-    guide = Guide(constraint=constraint, order=ClassOrder(constraint.classes), state=constraint.start, left=3)
-    sums, free = (
-        conditioned.walk(hidden, table, shaping, [guide], free_signal=True),
-        vocabulary.walk(hidden, table, shaping),
-    )
-    shown, reading = sums.read(None, None), free.read(None)
-    assert mx.array_equal(shown.signal, reading.signal) and mx.array_equal(shown.tail, reading.tail)
-    assert not mx.array_equal(shown.best, reading.best)
-    unsure = np.ones((1, LENGTH), bool)
-    np.testing.assert_allclose(sums.sparse_signal(unsure), np.array(reading.signal), atol=1e-4)
 
 
 def test_guesses_are_texts_drawn_from_the_conditioned_product() -> None:
@@ -332,14 +326,29 @@ def test_what_does_not_go_together_is_refused(network: Network) -> None:
     constraint = built(Spelled(choices=(spelled("yes"),)))
     with pytest.raises(ConfigError, match="avoid_empty and a constraint exclude each other"):
         run(network, PROMPT, constraint=constraint, avoid_empty=True)
-    with pytest.raises(ConfigError, match="free_signal would do nothing"):
-        run(network, PROMPT, constraint=None, free_signal=True)
+    with pytest.raises(ConfigError, match="free_steps would do nothing"):
+        run(network, PROMPT, constraint=None, free_steps=3)
     with pytest.raises(ConfigError, match=r"2 constraints for 1 prompts"):
         run(network, PROMPT, constraint=[constraint, None])
     with pytest.raises(ConfigError, match=r"shortest has 3 tokens, max_tokens is 2"):
         run(network, PROMPT, constraint=constraint, max_tokens=2)
     with pytest.raises(ConfigError, match=r"knows 9,999 ids, the model \d+"):
         run(network, PROMPT, constraint=anything(9_999))
-    events = run(network, PROMPT, constraint=constraint, free_signal=True)
-    assert isinstance(events[-1], Finished) and events[-1].statistics.departures == {"free_signal": True}
-    assert is_text(constraint, tokens(events))
+
+
+@pytest.mark.parametrize(("free_steps", "led"), [(None, LED_STEPS), (2, 2), (0, 0)])
+def test_the_model_leads_the_first_steps_of_every_canvas(
+    network: Network, monkeypatch: pytest.MonkeyPatch, free_steps: int | None, led: int
+) -> None:
+    walk, told = conditioned.walk, []
+
+    def watched(*given: Any, **named: Any) -> Any:
+        told.append(named["led"])
+        return walk(*given, **named)
+
+    monkeypatch.setattr(conditioned, "walk", watched)
+    constraint = built(pairs_of_letters(9))
+    events = run(network, PROMPT, constraint=constraint, free_steps=free_steps, confidence_threshold=0)
+    assert told == [event.step < led for event in events if isinstance(event, Denoised)] and len(told) > 12
+    assert isinstance(events[-1], Finished) and is_text(constraint, tokens(events))
+    assert events[-1].statistics.departures == ({"free_steps": free_steps} if free_steps else {})

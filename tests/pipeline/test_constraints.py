@@ -16,6 +16,7 @@ from mlx_diffgemma.errors import ConfigError, PromptError, TokenizerError
 from mlx_diffgemma.files.shipped import BUILT_IN
 from mlx_diffgemma.generation.events import Committed, Denoised, Finished
 from mlx_diffgemma.generation.noise import RecordedNoise
+from mlx_diffgemma.generation.settings import LED_STEPS
 from mlx_diffgemma.pipeline.model import DiffusionGemma
 from mlx_diffgemma.pipeline.obeying.constraints import THINK, thought
 from mlx_diffgemma.pipeline.obeying.drafts import at_cursor, of_lines
@@ -145,7 +146,16 @@ def test_what_the_signal_keeps_counts_as_memory(model: DiffusionGemma) -> None:
     bare = model.prepare("Hi", seed=1)._kept_bytes()
     kept = model.prepare(["Hi", "Ho"], regex="[a-z]+", seed=1)._kept_bytes()
     assert bare == 0 and kept == 2 * small.CANVAS * (2 * 26 + 2 + 1) * 4, "letters in two spellings, stops, padding"
-    assert model.prepare("Hi", regex="[a-z]+", free_signal=True)._kept_bytes() == 0
+    assert model.prepare("Hi", regex="[a-z]+", decoding="autoregressive")._kept_bytes() == 0
+
+
+def test_what_is_around_a_hole_leads_from_the_first_step(model: DiffusionGemma) -> None:
+    """It says what the prompt may not; nobody need be told that."""
+    assert model.prepare("Hi", regex="[a-z]+").settings.led_steps == LED_STEPS
+    assert model.prepare_fill("a<fill>b").settings.led_steps == 0
+    assert model.prepare_fill("a<fill>b", free_steps=3).settings.led_steps == 3
+    assert model.fill("a<fill>b", seed=1).statistics.departures == {}
+    assert model.fill("a<fill>b", seed=1, decoding="autoregressive").text.startswith("a")
 
 
 # ------------------------------------------------------------------------------------------------- thoughts and calls
@@ -284,7 +294,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"regex": "a{41}"}, ConfigError, "the shortest has 41 tokens, max_tokens is 40"),
     ({"regex": "(a{1,200}b{1,200}){99}"}, ConfigError, "needs more than 25,000 states"),
     ({"regex": "a", "avoid_empty": True}, ConfigError, "avoid_empty"),
-    ({"free_signal": True}, ConfigError, "free_signal would do nothing"),
+    ({"free_steps": 3}, ConfigError, "free_steps would do nothing"),
     ({"tool_choice": "weather"}, ConfigError, "there are no tools"),
 ]
 

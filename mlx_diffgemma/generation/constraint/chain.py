@@ -69,6 +69,30 @@ class Conditioned:
         return chosen
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Alone:
+    """Positions each by itself, as if any id of the language could stand at any of them."""
+
+    posterior: np.ndarray  # [L, C]
+    multiplier: np.ndarray  # [L, C]: log μ
+    entropy: np.ndarray  # [L], nats
+
+
+def alone(sums: ClassSums) -> Alone:
+    top = sums.mass.max(axis=1, keepdims=True)
+    whole = top + np.log(np.exp(sums.mass - top).sum(axis=1, keepdims=True))
+    logs = sums.mass - whole
+    posterior = np.exp(logs)
+    multiplier = np.broadcast_to(-whole, logs.shape)
+    return Alone(posterior=posterior, multiplier=multiplier, entropy=_entropy(posterior, logs, sums))
+
+
+def _entropy(posterior: np.ndarray, logs: np.ndarray, sums: ClassSums) -> np.ndarray:
+    """Of the ids, from the classes' probabilities and the entropies inside of them."""
+    with np.errstate(invalid="ignore"):
+        return np.where(posterior > 0, posterior * (sums.entropy - logs), 0.0).sum(axis=1)
+
+
 def condition(constraint: Constraint, sums: ClassSums, state: int, left: int) -> Conditioned:
     """The canvas from `state` on, when the text may get `left` tokens more: what lies behind those is cut off, and
     where the canvas ends, or the text is cut, only states remain that can end within the tokens then left."""
@@ -79,9 +103,8 @@ def condition(constraint: Constraint, sums: ClassSums, state: int, left: int) ->
     weight, shares = _set_mass(sums.mass, pairs.members, pairs.starts)
     ahead, steps = _backward(weight, constraint, allowed)
     posterior = _class_posterior(_forward(steps, constraint, state), shares, constraint)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore"):
         logs = np.log(posterior)
-        terms = np.where(posterior > 0, posterior * (sums.entropy - logs), 0.0)
     best, states = _viterbi(sums, constraint, allowed, state)
     return Conditioned(
         constraint=constraint,
@@ -90,7 +113,7 @@ def condition(constraint: Constraint, sums: ClassSums, state: int, left: int) ->
         log_mass=float(ahead[state]),
         posterior=posterior,
         multiplier=logs - sums.mass,
-        entropy=terms.sum(axis=1),
+        entropy=_entropy(posterior, logs, sums),
         best=best,
         states=states,
         _steps=steps,

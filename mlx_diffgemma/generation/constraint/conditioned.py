@@ -6,7 +6,7 @@ ever.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +19,7 @@ from ..settings import GenerationConfig
 from ..vocabulary import Reading, Shaping
 from . import classes
 from .automaton import Constraint
-from .chain import Conditioned, condition
+from .chain import Alone, Conditioned, alone, condition
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,8 +53,8 @@ class Guides:
         and for one without a text of so few `tokens`."""
         if settings.avoid_empty and any(self.constraints):
             raise ConfigError("avoid_empty and a constraint exclude each other: the constraint says what may be empty.")
-        if settings.free_signal and not any(self.constraints):
-            raise ConfigError("free_signal would do nothing: there is no constraint.")
+        if settings.free_steps is not None and not any(self.constraints):
+            raise ConfigError("free_steps would do nothing: there is no constraint.")
         for made in filter(None, self.constraints):
             if len(made.classes) > vocabulary:
                 raise ConfigError(
@@ -97,12 +97,13 @@ def walk(
     guides: Sequence[Guide | None],
     *,
     with_signal: bool = True,
-    free_signal: bool = False,
+    led: bool = False,
     tuning: Tuning = DEFAULT,
 ) -> "RowSums":
     """Hidden states [B, L, H] and what each row has to go on with → sums to read from.
 
-    With `free_signal` the next step is shown the distribution without the constraint.
+    With `led` each position is by itself, but for the ids that no text has: the next step is shown what it says alone,
+    and it is as unsure as the less sure of the two. Guesses, and places without a choice, are the text's as ever.
     """
     if not any(guides):
         free = vocabulary.walk(hidden, table, shaping, with_signal=with_signal, tuning=tuning)
@@ -113,14 +114,11 @@ def walk(
     parts: list[tuple[list[int], vocabulary.Sums | GuidedSums]] = []
     for rows in groups.values():
         x, some = hidden[mx.array(rows)], [guide for row in rows if (guide := guides[row])]
-        free = None
-        if free_signal or not some:
-            free = vocabulary.walk(x, table, shaping, with_signal=with_signal, tuning=tuning)
-        if free and not some:
-            parts.append((rows, free))
-        else:
+        if some:
             head = classes.Head(table=table, shaping=shaping)
-            parts.append((rows, _guided(x, head, some, with_signal, free, tuning)))
+            parts.append((rows, _guided(x, head, some, with_signal, led, tuning)))
+        else:
+            parts.append((rows, vocabulary.walk(x, table, shaping, with_signal=with_signal, tuning=tuning)))
     return RowSums(parts=parts, with_signal=with_signal)
 
 
@@ -129,18 +127,17 @@ def _guided(
     head: classes.Head,
     guides: list[Guide],
     with_signal: bool,
-    shown: vocabulary.Sums | None,
+    led: bool,
     tuning: Tuning,
 ) -> "GuidedSums":
     """Of the rows of one constraint, [b, L, H]."""
     length = hidden.shape[1]
-    keep = with_signal and shown is None
-    reading = classes.read(hidden.flatten(0, 1), head, guides[0].order, keep=keep, tuning=tuning)
+    reading = classes.read(hidden.flatten(0, 1), head, guides[0].order, keep=with_signal, tuning=tuning)
     chains = [
         condition(guide.constraint, reading.sums.at(slice(row * length, (row + 1) * length)), guide.state, guide.left)
         for row, guide in enumerate(guides)
     ]
-    return GuidedSums(reading=reading, chains=chains, with_signal=keep, shown=shown)
+    return GuidedSums(reading=reading, chains=chains, with_signal=with_signal, led=led)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -150,22 +147,25 @@ class GuidedSums:
     reading: classes.ClassReading  # of their b · L positions
     chains: list[Conditioned]  # one a row
     with_signal: bool
-    shown: vocabulary.Sums | None  # the walk whose signal is shown instead, if any
+    led: bool  # what the next step is shown is each position's own
 
     def read(self, draws: mx.array | None, path: mx.array | None) -> Reading:
         """Two uniform draws in [0, 1) per position, float32 [b, L]: the text's classes are drawn along `path`, the
         ids inside those by `draws`. Without them the guess is the best text."""
         best = np.stack([chain.best for chain in self.chains])
         guess = best if draws is None or path is None else self._guess(np.array(draws), np.array(path))
-        free = self.shown.read(None) if self.shown else None
+        entropy = np.stack([chain.entropy for chain in self.chains])
+        if self.led:
+            alone = self._alone.entropy.reshape(entropy.shape)
+            entropy = np.where(self.pinned(), entropy, np.maximum(entropy, alone))
         _, tail = self._likeliest()
-        signal = self.reading.signal(self._multiplier()) if self.with_signal else None
+        signal = self.reading.signal(self._shown()[1]) if self.with_signal else None
         return Reading(
             best=mx.array(best.astype(np.int32)),
             guess=mx.array(guess.astype(np.int32)),
-            entropy=mx.array(np.stack([chain.entropy for chain in self.chains]).astype(np.float32)),
-            tail=free.tail if free else mx.array(tail.astype(np.float32)).reshape(best.shape),
-            signal=free.signal if free else signal if signal is None else signal.reshape(*best.shape, -1),
+            entropy=mx.array(entropy.astype(np.float32)),
+            tail=mx.array(tail.astype(np.float32)).reshape(best.shape),
+            signal=None if signal is None else signal.reshape(*best.shape, -1),
         )
 
     def sparse_signal(self, positions: np.ndarray) -> mx.array:
@@ -173,7 +173,7 @@ class GuidedSums:
         likeliest, _ = self._likeliest()
         signal = scaled(self.reading.head.table(mx.array(likeliest.astype(np.int32))))
         if len(positions):
-            signal[mx.array(positions)] = self.reading.signal(self._multiplier(), positions)
+            signal[mx.array(positions)] = self.reading.signal(self._shown()[1], positions)
         return signal.reshape(len(self.chains), -1, signal.shape[-1])
 
     def pinned(self) -> np.ndarray:
@@ -192,14 +192,23 @@ class GuidedSums:
         kinds = np.concatenate([chain.sample(row) for chain, row in zip(self.chains, path, strict=True)])
         return self.reading.pick(kinds, draws.ravel()).reshape(draws.shape)
 
-    def _multiplier(self) -> np.ndarray:
-        return np.concatenate([chain.multiplier for chain in self.chains])
+    @cached_property
+    def _alone(self) -> Alone:
+        return alone(self.reading.sums)
+
+    def _shown(self) -> tuple[np.ndarray, np.ndarray]:
+        """What the next step is shown: the classes' probabilities, and log μ. [b · L, C] each."""
+        if self.led:
+            return self._alone.posterior, self._alone.multiplier
+        posteriors, multipliers = zip(*((chain.posterior, chain.multiplier) for chain in self.chains), strict=True)
+        return np.concatenate(posteriors), np.concatenate(multipliers)
 
     def _likeliest(self) -> tuple[np.ndarray, np.ndarray]:
-        """Per position the likeliest id, which need not be that of the best text, and the probability of the others."""
-        sums = self.reading.sums
-        posterior = np.concatenate([chain.posterior for chain in self.chains])
-        kind = (self._multiplier() + sums.top).argmax(axis=1)[:, None]
+        """Of what is shown, per position the likeliest id, which need not be that of the best text, and the
+        probability of the others."""
+        sums, (shown, multiplier) = self.reading.sums, self._shown()
+        posterior = shown.copy()
+        kind = (multiplier + sums.top).argmax(axis=1)[:, None]
         beside = -np.expm1(np.take_along_axis(sums.top - sums.mass, kind, 1))  # of the other ids of its class
         beside *= np.take_along_axis(posterior, kind, 1)
         np.put_along_axis(posterior, kind, beside, 1)
@@ -256,12 +265,11 @@ class RowSums:
         signals = []
         for rows, sums in self.parts:
             positions = np.flatnonzero(unsure[rows])
-            free = sums.shown if isinstance(sums, GuidedSums) else sums
-            if free:
-                best = free.read(None).best
-                signals.append(vocabulary.sparse_signal(free, best, mx.array(positions), tuning=tuning))
-            elif isinstance(sums, GuidedSums):
+            if isinstance(sums, GuidedSums):
                 signals.append(sums.sparse_signal(positions))
+            else:
+                best = sums.read(None).best
+                signals.append(vocabulary.sparse_signal(sums, best, mx.array(positions), tuning=tuning))
         return self._together(signals)
 
     def _together(self, arrays: list[mx.array]) -> mx.array:
