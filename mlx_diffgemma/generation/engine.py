@@ -280,7 +280,8 @@ class _Canvas:
         for step in range(settings.max_denoising_steps):
             rows = self._rows()
             shaping = self._shaping(step)
-            hidden = self.network.denoise(self._of(rows, self.canvas), self.cache, self.signal)  # 3: [going, L, H]
+            canvas = self.canvas if rows is None else self.canvas[mx.array(rows)]
+            hidden = self.network.denoise(canvas, self.cache, self.signal)  # 3: [going, L, H]
             dense = self._signal_is_dense(step)
             sums = conditioned.walk(  # 4
                 hidden,
@@ -291,7 +292,7 @@ class _Canvas:
                 led=step < settings.led_steps,
                 tuning=tuning,
             )
-            reading = self._whole(rows, sums.read(*self._draws(rows, step)))
+            reading = self._of_all(rows, sums.read(*self._draws(rows, step)))
             accepted = sampler.accept(reading.entropy, settings.entropy_bound)  # 5
             self._advance(reading, accepted, step)  # 6, 7
             unsure = vocabulary.soft_rows(reading, table) & ~self.done[:, None]
@@ -325,10 +326,7 @@ class _Canvas:
         rows = self.places[: self.going]
         return None if rows == list(range(len(self.guides))) else rows
 
-    def _of(self, rows: list[int] | None, x: mx.array) -> mx.array:
-        return x if rows is None else x[mx.array(rows)]
-
-    def _whole(self, rows: list[int] | None, reading: vocabulary.Reading) -> vocabulary.Reading:
+    def _of_all(self, rows: list[int] | None, reading: vocabulary.Reading) -> vocabulary.Reading:
         """What was read of some rows, among what the others were left with."""
         if rows is None:
             return reading
@@ -341,6 +339,7 @@ class _Canvas:
         )
 
     def _pinned(self, rows: list[int] | None, sums: RowSums) -> mx.array | None:
+        """Positions without a choice, of all rows; None without constraints."""
         if (found := sums.pinned) is not None:
             before = mx.zeros(self.canvas.shape, mx.bool_) if self.pinned is None else self.pinned
             self.pinned = found if rows is None else _among(rows, before, found)
