@@ -27,7 +27,7 @@ def share() -> "Share":
         return ALONE
     from .model.sharing.ranks import join
 
-    _quieten()
+    _overhear()
     joined = join()
     if joined.rank:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first one says when it is over
@@ -35,7 +35,7 @@ def share() -> "Share":
     return joined
 
 
-def _quieten() -> None:
+def _overhear() -> None:
     """MLX's ring tells each failed look at a socket on standard error, some twenty lines in pieces; ours is one. When
     it has given up, a pass that comes too late for its failure waits for ever: then the process is ended from here."""
     kept = os.dup(2)
@@ -60,7 +60,7 @@ def _quieten() -> None:
 def _end_soon() -> None:
     """Another machine was lost. What ends as it should has ended by then."""
     time.sleep(PATIENCE)
-    if not any(share.lost for share in SHARES):
+    if not any(joined.lost for joined in SHARES):
         from .model.sharing.ranks import LOST
 
         if sys.stderr.isatty():

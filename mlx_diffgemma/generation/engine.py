@@ -301,7 +301,7 @@ class _Canvas:
             event = self._event(step, float(shaping.temperature), reading.guess, accepted, self._pinned(rows, sums))
             self._note(sums, event)
             yield event
-            if all(event.settled):
+            if all(event.settled) or event.step + 1 == event.steps:
                 return
             where = np.array(unsure)
             self.unsure_count, self.signal = int(where.sum()), reading.signal

@@ -255,7 +255,7 @@ def test_a_pass_that_waits_for_a_lost_machine_for_ever_is_ended() -> None:
     code = """
 import os, time
 from mlx_diffgemma import joined
-joined._quieten()
+joined._overhear()
 os.write(2, b"a word of another library\\n[ring] [ring]Receiving Socket from 6 was closed by the peer\\n failed\\n")
 os.write(2, b"[ring] Too many send/recv errors. Failing pending tasks...\\n" * 2)
 time.sleep(30)
